@@ -34,6 +34,7 @@ from dinocli.data.decode.image import decode, open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.parts import part_of
 from dinocli.data.sources.pixels import SUFFIX, PixelWriter, write_index
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import INDEX, open_shards
@@ -264,7 +265,9 @@ def _key(name: str) -> str:
 
     It never contains `~`, so it cannot equal a repeated name, which gets `~` and a number.
     """
-    key = re.sub(r"[.~\x00-\x1f\x7f]", "_", os.path.splitext(name)[0].lstrip("/"))
+    part = part_of(name)
+    stem = os.path.splitext(part.file if part else name)[0].lstrip("/") + (f"#{part.kind}={part.value}" if part else "")
+    key = re.sub(r"[.~\x00-\x1f\x7f]", "_", stem)
     return "x" + key if key.startswith("__") else key
 
 
@@ -369,7 +372,8 @@ def _make_entry(
         return _Entry(key, *_encode(shrink(pixels, side), "JPEG", quality=quality))
     if not isinstance(data, bytes):
         return _Entry(key, *_encode(pixels, "PNG"))
-    suffix = os.path.splitext(source.names[row])[1].lower()
+    part = part_of(source.names[row])
+    suffix = os.path.splitext(part.file if part else source.names[row])[1].lower()
     # A file without an image suffix gets one from its content, which readers check anyway.
     return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _guess_suffix(data), data)
 

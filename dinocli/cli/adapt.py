@@ -120,7 +120,7 @@ def adapt(
     refuse_images_folder(out, images)
     given = given_settings(epochs, batch_size, seed, overrides)
 
-    from dinocli.data.sources.open import open_source
+    from dinocli.data.sources.open import open_source, within
 
     opened = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
     console.notes(opened.notes)
@@ -132,6 +132,7 @@ def adapt(
 
     start = starting_point(source, overrides)
     name = preset or RECIPES[start.family]
+    opened = within(opened, load_preset(name, [*(overrides or []), *given]).images)
     chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
     loaded = load_preset(name, settings)

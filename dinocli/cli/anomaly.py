@@ -182,13 +182,14 @@ def _build(
 
     from dinocli.apps.anomaly.bank import BankSettings, check_bank_file, write_bank
     from dinocli.apps.anomaly.detect import build
-    from dinocli.data.sources.open import open_images
+    from dinocli.data.sources.open import open_images, within
     from dinocli.evals.attention import default_size
 
     check_bank_file(out)
     source = open_images(normal)
     console.notes(source.notes)
     encoder = options.encoder()
+    source = within(source, encoder.images)
     settings = BankSettings(short_side or default_size(encoder), tuple(layers or [-1]), area or _AREA)
     with ExitStack() as stack:
         bars: dict[str, console.Advance] = {}

@@ -96,10 +96,12 @@ def _inspect(
     from dinocli.apps.doctor.advice import advise
     from dinocli.apps.doctor.inspection import inspect
     from dinocli.data.images import DEFAULTS
+    from dinocli.data.sources.open import within
     from dinocli.train.cost import estimate
     from dinocli.train.plan import Plan
 
     images = DEFAULTS.changed(overrides)
+    source = within(source, images)
     total = sample if source.count is None else min(sample, source.count)
     with console.progress("inspect", total, "images") as advance:
         seen = inspect(source, images=images, sample=sample, seed=seed, report=advance)

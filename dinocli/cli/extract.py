@@ -124,7 +124,7 @@ def extract(
     if merge:
         _merge([Path(place) for place in paths], output_place(out), to, json)
         return
-    from dinocli.data.sources.open import splits
+    from dinocli.data.sources.open import splits, within
 
     numbered = _parse_part(part)
     given = one_checkpoint(paths[0] if len(paths) == 2 else None, checkpoint)
@@ -159,6 +159,7 @@ def extract(
     share = Part(*numbered) if numbered else WHOLE
     batch = batch_size or (64 if picked.type == "cpu" else 256)
     written, places = [], {}
+    parts = {name: within(source, encoder.images) for name, source in parts.items()}
     for name, source in parts.items():
         whole = out / f"{name}.safetensors"
         places[name] = part_path(whole, share) if numbered else whole

@@ -165,8 +165,11 @@ def finetune(
     from dinocli.train.finetune import open_task, recipe
     from dinocli.train.prepare import prepare
 
-    number = load_preset(preset, [*(overrides or []), *given]).training.seed
-    task = open_task(data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=number)
+    asked = load_preset(preset, [*(overrides or []), *given])
+    task = open_task(
+        data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=asked.training.seed,
+        images=asked.images,
+    )  # fmt: skip
     console.notes(task.notes)
     start = starting_point(source, overrides)
     chosen = recipe(start, load_preset(preset), task, batch_size, train)

@@ -222,7 +222,7 @@ def _train_on_images(
 ) -> _Trained:
     """Train by the paper's protocol."""
     from dinocli.data.sources.indexed import Images
-    from dinocli.data.sources.open import splits
+    from dinocli.data.sources.open import splits, within
 
     parts = {name: part for name, part in splits(data).items() if isinstance(part, Images)}
     test = parts.get("val") or parts.get("test")
@@ -239,11 +239,12 @@ def _train_on_images(
 
     picked = pick_device(device)
     encoder = encoder_from(checkpoint, device, "teacher", overrides)
+    train, test = within(parts["train"], encoder.images), within(test, encoder.images)
     size = whole_patches(encoder, size) or encoder.size
     with console.progress("linear", 100, "%") as advance:
         probe = linear_on_images(
             encoder,
-            parts["train"],
+            train,
             test,
             tokens=tokens,
             blocks=blocks,

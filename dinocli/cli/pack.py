@@ -64,7 +64,7 @@ def pack(
             f"--name {plain or 'images'}",
         )
     out = output_place(out, "OUT")
-    from dinocli.data.sources.open import open_images, refuse_clash
+    from dinocli.data.sources.open import open_images, refuse_clash, within
 
     source = open_images(images)
     refuse_clash(source)
@@ -77,6 +77,7 @@ def pack(
     from dinocli.data.loader.batch import BadFiles
 
     taken = DEFAULTS.changed(overrides or [])
+    source = within(source, taken)
     torch.set_num_threads(1)  # images are resized in parallel, one thread each
     try:
         with console.progress("pack", len(source), "images") as advance:

@@ -222,6 +222,7 @@ def pretrain(
     if gpus and not dry_run and _launch(gpus, device):
         return
 
+    from dinocli.data.sources.open import within
     from dinocli.data.sources.several import open_sources
 
     source = open_sources(images)  # before torch is loaded, so that a wrong path or name fails at once
@@ -238,6 +239,7 @@ def pretrain(
     changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])]
     run = (before.preset, before.peak_lr, before.clock) if before else ()
     loaded = load_preset(preset, changed, *run)
+    source = within(source, loaded.images)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
         console.say(f"note: --steps {steps} is more than the run's {total} steps; it ends after {total}; see --epochs")

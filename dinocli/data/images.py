@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class ImagesConfig(Config):
         min_side: Smallest accepted side in pixels; refuses one-pixel images.
         max_megabytes: Largest accepted file.
         truncated: Accept files that end early, with the missing part grey, instead of refusing them.
+        pages: Images of a TIFF of several pages: the first page, all of them, or one with the pages as its channels.
         window: Values of 16-, 32-bit and float images that become black and white, or one pair per channel. If None,
             the bit depth decides.
     """
@@ -39,6 +40,7 @@ class ImagesConfig(Config):
     min_side: int = Field(2, ge=1)
     max_megabytes: float = Field(500.0, gt=0)
     truncated: bool = False
+    pages: Literal["first", "all", "channels"] = "first"
     window: Window = None
 
     @field_validator("window")

@@ -17,8 +17,9 @@ from dinocli.data.decode.image import open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Source, photo_files, splits
+from dinocli.data.sources.parts import read_image
 from dinocli.data.sources.photos import display_pixels
-from dinocli.data.sources.regular import Refused, read_file
+from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.shards import Shards, read_sample
 from dinocli.features.store import Features, Provenance, read_splits, same_maker, subset
 
@@ -84,7 +85,7 @@ class Gallery:
             if isinstance(source, Shards):
                 return read_sample(source, path) or BadImage(f"missing: {path} is not in {source.where}")
             if source.in_files:
-                return read_file(source.root / path, images)
+                return read_image(source.root / path, images)
             place = source.places.get(path)
             return (
                 BadImage(f"missing: {path} is not in {source.where}") if place is None else source.read(place, images)

@@ -15,6 +15,7 @@ from dinocli.core.atomic import atomic
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import Source, splits
@@ -59,7 +60,16 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: bool, several: bool, seed: int) -> Task:
+def open_task(
+    spec: str,
+    *,
+    held_out: float,
+    few_shot: int | None,
+    balanced: bool,
+    several: bool,
+    seed: int,
+    images: ImagesConfig = DEFAULTS,
+) -> Task:
     """Open labelled images and split off a part of the training images, the same share of every class.
 
     Args:
@@ -69,11 +79,12 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
         balanced: If True, images of smaller classes repeat until all classes have as many.
         several: If True, labels are lists of classes, separated by `;` or `|`, and rows of the same image add up.
         seed: Seed of the chosen and of the held-out images.
+        images: Settings that say which files hold several images.
 
     Raises:
         DinoError: If the images have no labels or fewer than two classes, or an option does not fit them.
     """
-    parts = splits(spec, several=several)
+    parts = splits(spec, images, several=several)
     name = next((split for split in ("train", "all") if split in parts), None)
     if name is None:
         raise DinoError(f"{spec} has no training split; it has {', '.join(parts)}", f"name the folder: {spec}/train")

@@ -75,7 +75,7 @@ class KnnMonitor:
     def __init__(self, spec: str, preset: Preset, workers: int, most: int = _IMAGES) -> None:
         self.views, self.where = preset.views, f"the images in {spec}"
         self._parts: dict[str, tuple[Tensor, Features]] = {}
-        found = splits(spec)
+        found = splits(spec, preset.images)
         # More images than a run's would include those that it chose its weights by, without a test split.
         most = most if len(found) > 1 else _IMAGES
         for name, source in found.items():

@@ -17,8 +17,9 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tables import first_line
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.parts import read_image
 from dinocli.data.sources.photos import display_pixels
-from dinocli.data.sources.regular import read_file, why_unread
+from dinocli.data.sources.regular import why_unread
 from dinocli.viz.picture import Tile, bounded, fitted, heat, outline, visible, write_contact_sheets
 
 SHOWN = 40  # photos in the contact sheet
@@ -125,6 +126,6 @@ def _draw_pair(
 def _read(one: Scored, side: int | None, images: ImagesConfig) -> Pixels | BadImage:
     """Read a photo, reduced to no less than `side` pixels if given. [H, W, C]"""
     try:
-        return display_pixels(read_file(one.image, images), side or 2**15, images)
+        return display_pixels(read_image(one.image, images), side or 2**15, images)
     except OSError as error:  # deleted since it was scored
         return BadImage(why_unread(error))

@@ -8,8 +8,9 @@ from pathlib import Path
 from dinocli.apps.classify.classify import Classified
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.parts import read_image
 from dinocli.data.sources.photos import display_pixels
-from dinocli.data.sources.regular import read_file, why_unread
+from dinocli.data.sources.regular import why_unread
 from dinocli.viz.picture import SHEET_ROWS, Tile, write_contact_sheets
 
 PHOTOS = 10  # photos per row
@@ -39,7 +40,7 @@ def draw_classes(groups: Mapping[str, Sequence[Classified]], out: Path, images: 
 def _draw(one: Classified, images: ImagesConfig) -> Tile | str:
     path = Path(one.image)
     try:
-        pixels = display_pixels(read_file(path, images), _SIDE, images)
+        pixels = display_pixels(read_image(path, images), _SIDE, images)
     except OSError as error:  # deleted since it was classified
         pixels = BadImage(why_unread(error))
     if isinstance(pixels, BadImage):

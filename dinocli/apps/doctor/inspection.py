@@ -234,7 +234,8 @@ def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: 
         lines.append(line)
     if multipage := sum(one.pages > 1 for one in good):
         have = "has" if multipage == 1 else "have"
-        lines.append(f"{multipage} of {total} {have} several pages or frames; only the first is read")
+        read = "only the first is read (see images.pages)"
+        lines.append(f"{multipage} of {total} {have} several pages or frames; {read}")
     return lines
 
 

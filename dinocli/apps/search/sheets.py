@@ -9,8 +9,8 @@ from dinocli.apps.search.dedup import Group
 from dinocli.apps.search.search import Hits
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.parts import read_image
 from dinocli.data.sources.photos import display_pixels
-from dinocli.data.sources.regular import read_file
 from dinocli.features.gallery import Gallery
 from dinocli.viz.picture import SHEET_ROWS, Tile, sheet_page, write_contact_sheets
 
@@ -86,7 +86,7 @@ def _draw_image(gallery: Gallery, row: int, caption: str, images: ImagesConfig) 
 
 
 def _draw_query(path: Path, images: ImagesConfig) -> Place:
-    return _make_cell(display_pixels(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
+    return _make_cell(display_pixels(read_image(path, images), _SIDE, images), path.name, f"\n{path.name}")
 
 
 def _make_cell(pixels: Pixels | BadImage, name: str, caption: str) -> Place:

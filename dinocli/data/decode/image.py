@@ -122,7 +122,7 @@ class Opened:
         return turned(pixels, self.turn)
 
     def _load(self, image: Image.Image | None, reduce: int) -> Pixels | BadImage:
-        assert not isinstance(self._source, np.ndarray)
+        assert isinstance(self._source, bytes | Image.Image)
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES
         if isinstance(self._source, Image.Image):
             image = self._source
@@ -167,6 +167,8 @@ def open_image(data: Data, images: ImagesConfig = DEFAULTS) -> Opened | BadImage
     """
     if isinstance(data, np.ndarray):
         return _describe_pixels(data, images)
+    if isinstance(data, ArrayFile):
+        return _describe_array(data, data, images)
     # Fast path for most photos. All other files go through Pillow.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
         plain = plain_header(data)
@@ -238,18 +240,18 @@ def _count_pages(image: Image.Image, data: bytes) -> int:
     return getattr(image, "n_frames", 1) if image.format in _COUNTED else 1
 
 
-def _describe_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
+def _describe_array(data: bytes | ArrayFile, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
     size, count = (array.width, array.height), max(images.channels, array.bands)
     if array.width * array.height * count > 3 * images.max_megapixels * 1e6:  # limits memory
         what = f"{size[0]}x{size[1]} pixels of {count} channels"
         return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three channels")
     taken = array.width * array.height * array.bands * array.dtype.itemsize
-    if taken > max(6 * images.max_megapixels * 1e6, len(data)):
+    if taken > max(6 * images.max_megapixels * 1e6, len(data) if isinstance(data, bytes) else 0):
         what = f"{size[0]}x{size[1]} pixels of {array.bands * array.dtype.itemsize} bytes each"
         return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of six bytes")
     mode = "F" if array.dtype.kind == "f" else "L" if array.dtype.itemsize == 1 else "I"
     turn, pages = array.turn, array.pages
-    if array.format == "PNG" and not size_fault(size, images):
+    if array.format == "PNG" and isinstance(data, bytes) and not size_fault(size, images):
         image = read_header(data)
         turn, pages = orientation(image), _count_pages(image, data)
     return size_fault(size, images) or Opened(

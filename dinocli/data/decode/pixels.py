@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.data.decode.raster import ArrayFile
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pixels = NDArray[np.uint8]
-# Image as a source returns it: bytes of a file, decoded by Pillow, or pixels [H, W, C].
-Data: TypeAlias = "bytes | Image | Pixels"
+# Image as a source returns it: bytes of a file, decoded by Pillow, raw values with their layout, or pixels [H, W, C].
+Data: TypeAlias = "bytes | Image | ArrayFile | Pixels"
 UNKNOWN_FORMAT = "not an image: unknown format"
 NO_NUMBER = "damaged: none of its values is a number"
 

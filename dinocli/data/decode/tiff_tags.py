@@ -6,16 +6,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from mmap import mmap
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.data.decode.bit_depth import Alpha
 
+Content: TypeAlias = "bytes | mmap"
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ALPHAS: dict[tuple[int, ...], Alpha] = {(1,): "premultiplied", (2,): "straight"}  # by the tag ExtraSamples
 _FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ENTRIES = 4096  # per directory
 _MOST = 2_000_000  # values per tag
 _PAGES = 100_000
@@ -48,7 +51,7 @@ class Directory:
         struct.error: If the offset lies outside the file.
     """
 
-    def __init__(self, data: bytes, at: int | None = None) -> None:
+    def __init__(self, data: Content, at: int | None = None) -> None:
         order, self.big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
         self._data, self.order, self._offset = data, order, order + ("Q" if self.big else "I")
         self._entry, self._size = (order + "HHQ", 20) if self.big else (order + "HHI", 12)
@@ -90,6 +93,25 @@ class Directory:
         if at + count * dtype.itemsize > len(self._data):
             raise ValueError("a tag points beyond the end of the file")
         return np.frombuffer(self._data, dtype, count, at)
+
+    def raw(self, tag: int) -> bytes:
+        """Return the bytes of a tag's values; empty if it is missing or of an unknown type.
+
+        Raises:
+            ValueError: If they lie beyond the end of the file.
+        """
+        _, kind, count, at = self.tags.get(tag, Entry(tag, 0, 0, 0))
+        size = count * _SIZES.get(kind, 0)
+        if size > self._room:
+            (at,) = struct.unpack_from(self._offset, self._data, at)
+        if at + size > len(self._data):
+            raise ValueError("a tag points beyond the end of the file")
+        return bytes(self._data[at : at + size])
+
+    def numbers(self, tag: int) -> list[int]:
+        """Return all integers of a tag; none if it is missing or not numeric."""
+        values = self.values(tag)
+        return [] if values is None else [int(value) for value in values.tolist()]
 
     def one(self, tag: int, otherwise: int) -> int:
         """Return the first number of a tag, or `otherwise` if it is missing or not numeric."""
@@ -193,7 +215,7 @@ def _read_facts(data: bytes) -> Facts:
         piece=piece,
         offsets=none if offsets is None else offsets.astype(np.int64),
         counts=none if counts is None else counts.astype(np.int64),
-        pages=_count_pages(data, tags),
+        pages=len(page_offsets(data, tags)),
         raw=_is_raw(data, tags),
     )
 
@@ -210,15 +232,15 @@ def _colors(values: NDArray[Any] | None) -> NDArray[np.uint8] | None:
     return (colors if colors.max() < 256 else np.minimum(colors / 257 + 0.5, 255)).astype(np.uint8)
 
 
-def _count_pages(data: bytes, first: Directory) -> int:
-    """Count pictures, without reduced versions and masks of others."""
-    seen, pages = {first.at}, 1
+def page_offsets(data: Content, first: Directory) -> list[int]:
+    """Return the offsets of the pictures' directories, without reduced versions and masks of others."""
+    seen, pages = {first.at}, [first.at]
     try:
         at = first.next() if first.at else 0
         while at and at not in seen and len(seen) < _PAGES:
             seen.add(at)
             tags = Directory(data, at)
-            pages += not tags.one(_KIND, 0) & (_SMALLER | _MASK)
+            pages += [] if tags.one(_KIND, 0) & (_SMALLER | _MASK) else [at]
             at = tags.next()
     except (struct.error, ValueError):
         pass  # the first one may still be read

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.listing import Names
-from dinocli.data.sources.regular import read_file
+from dinocli.data.sources.parts import read_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Images:
         return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
-        """Return the bytes of a file.
+        """Return the bytes of a file, or one of several images in it.
 
         Args:
             index: Index of the image.
@@ -76,7 +76,7 @@ class Images:
         Raises:
             OSError: If the file no longer exists, is too large or not a regular file, or permission is denied.
         """
-        return read_file(os.path.join(self.root, self.names[index]), images)
+        return read_image(os.path.join(self.root, self.names[index]), images)
 
     @property
     def mixture(self) -> list[tuple[range, float]]:

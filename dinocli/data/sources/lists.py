@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.listing import KNOWN
+from dinocli.data.sources.parts import part_of
 
 JSON = ".jsonl"
 LISTS = (".txt", ".csv", ".tsv", JSON)
@@ -34,7 +35,8 @@ _LABELS = (
 )
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
 # A path up to the last image suffix that spaces follow, and the rest of the line.
-_SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(KNOWN)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
+_SUFFIX = rf"(?:{'|'.join(map(re.escape, sorted(KNOWN)))}|\.npy)(?:#\w+=[\w.,]+)?"
+_SPACED = re.compile(rf"(.*{_SUFFIX})[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _QUOTES = "\"'"
 
@@ -292,8 +294,9 @@ def _exists(folder: Path, name: str) -> bool:
 
 
 def _is_file(folder: Path, name: str) -> bool:
+    part = part_of(name)
     try:
-        return os.path.isfile(os.path.join(folder, name))
+        return os.path.isfile(os.path.join(folder, name)) or (part is not None and _is_file(folder, part.file))
     except ValueError:  # a null character
         return False
 

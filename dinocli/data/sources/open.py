@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
+from dinocli.data.sources.parts import expand
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
@@ -68,6 +69,7 @@ class PackedImages(Images):
 
 
 Source = Images | Shards
+S = TypeVar("S", Images, Shards, Source)
 
 
 def open_source(spec: str) -> Source:
@@ -115,11 +117,25 @@ def is_archive(spec: str) -> bool:
     return spec.lower().endswith((ZIP, ".tar")) and os.path.isfile(spec)
 
 
-def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
+def within(source: S, images: ImagesConfig) -> S:
+    """Return a source of the single images in the source's files: the pages of a TIFF.
+
+    Call it once the settings are known. Sources other than folders and lists are returned unchanged.
+    """
+    if type(source) is not Images or images.pages == "first":
+        return source
+    parts = expand(source.root, source.names, images)
+    names, rows = Names.of([name for _, name in parts]), [row for row, _ in parts]
+    metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in source.metadata.items()}
+    return replace(source, names=names, labels=source.labels[rows], notes=(), metadata=metadata)
+
+
+def splits(spec: str, images: ImagesConfig = DEFAULTS, *, several: bool = False) -> dict[str, Source]:
     """Open the splits of a labelled set: `train`, `val` and `test` if it has any, else the whole set as `all`.
 
     Args:
-        spec: Source, or a folder of splits.
+        spec: Source, as in `open_source`.
+        images: Settings that say which files hold several images.
         several: True if an image may have several labels.
 
     Raises:
@@ -142,8 +158,8 @@ def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
         source = open_source(spec)
         if isinstance(source, Images) and not several:
             refuse_clash(source)
-        return {"all": source}
-    return {split: open_source(str(path)) for split, path in found.items()}
+        return {"all": within(source, images)}
+    return {split: within(open_source(str(path)), images) for split, path in found.items()}
 
 
 def refuse_clash(source: Images) -> None:

@@ -13,7 +13,8 @@ from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.open import photo_files
-from dinocli.data.sources.regular import read_file, why_unread
+from dinocli.data.sources.parts import read_image
+from dinocli.data.sources.regular import why_unread
 
 
 def named_photos(paths: Sequence[Path], notes: list[str] | None = None) -> dict[Path, Path]:
@@ -75,7 +76,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
     """Read the pixels of a file. Return [H, W, C], or the reason for failure."""
     try:
-        data = read_file(path, images)
+        data = read_image(path, images)
     except OSError as error:
         return BadImage(why_unread(error))
     return decode(data, images)

@@ -66,6 +66,16 @@ def read_span(path: str | Path, offset: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def check_file(path: str) -> str:
+    """Return the path of a regular file of any size.
+
+    Raises:
+        OSError: If it does not exist, is a folder, or is not regular.
+    """
+    _check(_status(path), None)
+    return path
+
+
 def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
     """Check if a regular file begins with one of `beginnings`. False if it cannot be read."""
     try:
@@ -92,14 +102,14 @@ def _status(path: str | Path) -> os.stat_result:
         raise Refused(f"cannot be opened: {error}") from error
 
 
-def _check(status: os.stat_result, images: ImagesConfig) -> int:
-    """Check that a file may be read, and return its size in bytes."""
+def _check(status: os.stat_result, images: ImagesConfig | None) -> int:
+    """Check that a file may be read, with limits or without, and return its size in bytes."""
     mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise Refused(f"not a file: {_kind(mode)}")
-    if status.st_size > images.max_megabytes * 1e6:
+    if images and status.st_size > images.max_megabytes * 1e6:
         raise Refused(f"too large: {megabytes_over(status.st_size, images.max_megabytes)}")
     return status.st_size
 

@@ -246,7 +246,9 @@ def test_pages_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(inspection, "open_image", paged)
     source = open_source(str(tmp_path))
     assert inspect(source).several == 1
-    assert warn_of(source, ImagesConfig()) == ["1 of 4 images has several pages or frames; only the first is read"]
+    assert warn_of(source, ImagesConfig()) == [
+        "1 of 4 images has several pages or frames; only the first is read (see images.pages)"
+    ]
 
 
 def test_few_shards_are_opened_for_few_images(shards: Path) -> None:

@@ -1,0 +1,140 @@
+"""Images within a file, each with a name of its own: `stack.tif#page=3`."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+from dinocli.data.decode import tiff_pages
+from dinocli.data.decode.pillow import decode_or_reason
+from dinocli.data.decode.pixels import BadImage, Data
+from dinocli.data.decode.raster import UnfitArray
+from dinocli.data.decode.tiff_tags import SIGNATURES
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.regular import Refused, check_file, read_file
+
+_PART = re.compile(r"(.+)#(page|planes)=([0-9.,]+)", re.DOTALL)
+_TIFF = frozenset({".tif", ".tiff"})
+_STORED = 64  # files whose table of pages each process remembers
+_THREADS = 8  # files opened at once to count their parts
+
+
+class Part(NamedTuple):
+    """Name of an image within a file.
+
+    Attributes:
+        file: Path of the file.
+        kind: Kind of part, such as `page`.
+        value: Place of the part in the file; pages count from 1.
+    """
+
+    file: str
+    kind: str
+    value: str
+
+
+def part_of(name: str) -> Part | None:
+    """Return the parts of a name like `stack.tif#page=3`; None for the name of a file."""
+    found = _PART.fullmatch(name) if "#" in name else None
+    return Part(*found.groups()) if found else None
+
+
+def read_image(path: str | os.PathLike[str], images: ImagesConfig = DEFAULTS) -> Data:
+    """Read the image of a name: the bytes of a file, or one of several images in it.
+
+    Raises:
+        Refused: If the file is too large, or does not have the part.
+        OSError: If the file does not exist, or permission is denied.
+    """
+    text = os.fspath(path)
+    part = part_of(text)
+    if part is None or os.path.exists(text):  # the name of a file may hold a #
+        return read_file(text, images)
+    check_file(part.file)
+    found = decode_or_reason(images, False, lambda: _READERS[part.kind](part.file, part.value, images))
+    if isinstance(found, BadImage):
+        raise Refused(found.reason)
+    return found
+
+
+def expand(root: str | os.PathLike[str], names: Sequence[str], images: ImagesConfig) -> list[tuple[int, str]]:
+    """Return the images of files, in order: the index of the file, and the name of each image in it.
+
+    A file that cannot be read keeps its name, so that reading it gives the reason.
+
+    Args:
+        root: Folder that the names are relative to.
+        names: Names of files.
+        images: Settings that say which files hold several images.
+    """
+    found: list[tuple[int, str]] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(lambda name: _parts(root, name, images), names)
+        for row, (name, some) in enumerate(zip(names, parts, strict=True)):
+            found += [(row, f"{name}#{part}") for part in some] if some else [(row, name)]
+    return found
+
+
+def _parts(root: str | os.PathLike[str], name: str, images: ImagesConfig) -> list[str]:
+    """Return the parts of a file, such as `page=1`; empty if it is one image."""
+    kind = kind_of(name)
+    listed = _page_parts if images.pages != "first" and kind in _TIFF else None
+    if listed is None or part_of(name):
+        return []
+    path = os.path.join(root, name)
+    found = decode_or_reason(images, False, lambda: list(listed(path, images)))
+    return [] if isinstance(found, BadImage) else found
+
+
+def _map(path: str) -> mmap.mmap:
+    """Map a regular file of any size into memory: only the parts that are used are read.
+
+    Raises:
+        OSError: If it cannot be opened, or is empty or not regular.
+    """
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise Refused("empty: the file has no bytes") from error
+
+
+@lru_cache(_STORED)
+def _pages(path: str, changed: int) -> list[tiff_pages.Page]:
+    return tiff_pages.pages_of(_map(path))
+
+
+def _page_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    pages = _pages(path, os.stat(path).st_mtime_ns)
+    if images.pages == "all":
+        yield from (f"page={number}" for number in range(1, 1 + len(pages)) if len(pages) > 1)
+    elif len(pages) > 1:
+        for group in tiff_pages.plane_groups(path, images.channels):
+            yield f"planes={','.join(map(str, group))}"
+
+
+def _read_page(path: str, value: str, images: ImagesConfig) -> Data:
+    return _cut(path, [value], images)[0]
+
+
+def _read_planes(path: str, value: str, images: ImagesConfig) -> Data:
+    return tiff_pages.open_planes(_cut(path, value.split(","), images), images.channels)
+
+
+def _cut(path: str, values: Sequence[str], images: ImagesConfig) -> list[bytes]:
+    pages, data = _pages(path, os.stat(path).st_mtime_ns), _map(path)
+    if data[:4] not in SIGNATURES:
+        raise UnfitArray("not read here: pages of a file other than TIFF")
+    numbers = [int(value) if value.isdecimal() else 0 for value in values]
+    if wrong := next((value for value, n in zip(values, numbers, strict=True) if not 0 < n <= len(pages)), None):
+        raise UnfitArray(f"no such page: {wrong}; the file has pages 1 to {len(pages)}")
+    return [tiff_pages.cut_page(data, pages[n - 1], images.max_megabytes * 1e6) for n in numbers]
+
+
+_READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {"page": _read_page, "planes": _read_planes}

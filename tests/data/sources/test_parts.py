@@ -1,0 +1,102 @@
+"""Several images in one file: their names, random access, resume, and reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinocli.data.decode.image import decode
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.open import Images, image_folder, open_source, splits, within
+from dinocli.data.sources.parts import Part, part_of, read_image
+from dinocli.data.sources.regular import Refused
+
+tifffile: Any = pytest.importorskip("tifffile")
+STACK = np.random.default_rng(0).integers(0, 255, (3, 16, 24), dtype=np.uint8)
+GREY = ImagesConfig(channels=1, pages="all")
+
+
+def stacks(folder: Path) -> Path:
+    """Write two classes: a stack of three pages and a picture, and a stack of two pages."""
+    for name, values in {"a/s.tif": STACK, "a/t.tif": STACK[0], "b/u.tif": STACK[1:]}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(folder / name, values, metadata=None, photometric="minisblack")
+    return folder
+
+
+def test_names_of_parts() -> None:
+    assert part_of("x/a.tif#page=3") == Part("x/a.tif", "page", "3")
+    assert part_of("a.tif") is None and part_of("a#1.tif") is None and part_of("a.tif#page=x") is None
+
+
+def test_every_page_is_an_image_with_the_class_of_its_file(tmp_path: Path) -> None:
+    source = within(open_source(str(stacks(tmp_path))), GREY)
+    assert isinstance(source, Images)
+    assert list(source.names) == ["a/s.tif#page=1", "a/s.tif#page=2", "a/s.tif#page=3", "a/t.tif", "b/u.tif#page=1", "b/u.tif#page=2"]  # fmt: skip
+    assert source.labels.tolist() == [0, 0, 0, 0, 1, 1] and source.classes == ["a", "b"]
+    for row, values in ((5, STACK[2]), (1, STACK[1]), (3, STACK[0]), (0, STACK[0])):
+        np.testing.assert_array_equal(decode(source.read(row, GREY), GREY), values[..., None])
+    again = within(open_source(str(tmp_path)), GREY)
+    assert again.fingerprint == source.fingerprint != image_folder(tmp_path).fingerprint
+    taken = source.take(np.array([5, 0]))
+    np.testing.assert_array_equal(decode(taken.read(0, GREY), GREY), STACK[2][..., None])
+
+
+def test_only_the_first_page_is_an_image_unless_the_preset_says_otherwise(tmp_path: Path) -> None:
+    source = open_source(str(stacks(tmp_path)))
+    assert within(source, DEFAULTS) is source and source.count == 3
+
+
+def test_planes_are_the_channels_of_one_image(tmp_path: Path) -> None:
+    planes = ImagesConfig(channels=3, pages="channels")
+    source = splits(str(stacks(tmp_path)), planes)["all"]
+    assert isinstance(source, Images) and list(source.names) == ["a/s.tif#planes=1,2,3", "a/t.tif", "b/u.tif"]
+    np.testing.assert_array_equal(decode(source.read(0, planes), planes), STACK.transpose(1, 2, 0))
+
+
+def test_a_list_may_name_pages_with_labels(tmp_path: Path) -> None:
+    (stacks(tmp_path) / "list.txt").write_text("a/s.tif#page=3 one\nb/u.tif#page=1 two\n")
+    source = within(open_source(str(tmp_path / "list.txt")), GREY)
+    assert isinstance(source, Images) and list(source.names) == ["a/s.tif#page=3", "b/u.tif#page=1"]
+    assert [source.classes[label] for label in source.labels] == ["one", "two"]
+    np.testing.assert_array_equal(decode(source.read(0, GREY), GREY), STACK[2][..., None])
+
+
+def test_a_file_whose_name_looks_like_a_part_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.tif#page=1").write_bytes(b"whole")
+    assert read_image(tmp_path / "a.tif#page=1") == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("s.tif#page=4", "no such page: 4; the file has pages 1 to 3"),
+        ("s.tif#page=0", "no such page: 0; the file has pages 1 to 3"),
+        ("x.jpg#page=1", "not read here: pages of a file other than TIFF"),
+        ("empty.tif#page=1", "empty: the file has no bytes"),
+    ],
+)
+def test_a_part_that_cannot_be_read_has_a_reason(tmp_path: Path, name: str, reason: str) -> None:
+    folder = stacks(tmp_path) / "a"
+    (folder / "x.jpg").write_bytes(b"\xff\xd8\xff" + bytes(40))
+    (folder / "empty.tif").touch()
+    with pytest.raises(Refused, match=reason):
+        read_image(folder / name)
+
+
+def test_a_folder_or_a_missing_file_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_image(tmp_path / "folder#page=1")
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "missing.tif#page=1")
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
+    path = stacks(tmp_path) / "a" / "s.tif"
+    read_image(f"{path}#page=3")
+    tifffile.imwrite(path, STACK[::-1], metadata=None, photometric="minisblack")
+    np.testing.assert_array_equal(decode(read_image(f"{path}#page=3"), GREY), STACK[0][..., None])
