@@ -28,7 +28,7 @@ class ImagesConfig(Config):
         min_side: Smallest accepted side in pixels; refuses one-pixel images.
         max_megabytes: Largest accepted file.
         truncated: Accept files that end early, with the missing part grey, instead of refusing them.
-        pages: Images of a TIFF of several pages: the first page, all of them, or one with the pages as its channels.
+        pages: Images of a TIFF or DICOM of several pages: the first, all, or one with the pages as its channels.
         window: Values of 16-, 32-bit and float images that become black and white, or one pair per channel. If None,
             the bit depth decides.
     """

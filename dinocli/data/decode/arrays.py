@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.decode import heic, jxl
 from dinocli.data.decode.bit_depth import Layout
+from dinocli.data.decode.dicom import is_dicom, open_dicom
 from dinocli.data.decode.jpeg2000 import is_jpeg2000, open_jpeg2000
 from dinocli.data.decode.png import open_png
 from dinocli.data.decode.pnm import open_pnm
@@ -24,7 +25,7 @@ _SGI = b"\x01\xda"
 
 
 def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
-    """Read the header of a .npy, HEIC or JPEG XL, or of a PNG, PNM, SGI or JPEG 2000 that Pillow reads too shallow.
+    """Open a .npy, DICOM, HEIC or JPEG XL, or a PNG, PNM, SGI or JPEG 2000 that Pillow reads too shallow.
 
     Returns:
         The header; None if Pillow should read the file.
@@ -39,6 +40,8 @@ def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
         return open_pnm(data, images.channels, images.truncated)
     if data[:1] == b"\x89":
         return open_png(data, images.channels)
+    if is_dicom(data):
+        return open_dicom(data, images)
     if data[:2] == _SGI:
         return _open_sgi(data, images.channels)
     if data[4:8] == b"ftyp":

@@ -32,7 +32,8 @@ class Extra(NamedTuple):
 
 HEIC = Extra("heic", "pillow_heif", frozenset(".heic .heif .hif".split()))
 JXL = Extra("jxl", "imagecodecs", frozenset({".jxl"}))
-EXTRAS = (HEIC, JXL)
+MEDICAL = Extra("medical", "pydicom", frozenset(".dcm .dicom .ima".split()))
+EXTRAS = (HEIC, JXL, MEDICAL)
 
 
 def extra_for(suffix: str) -> Extra | None:

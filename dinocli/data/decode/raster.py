@@ -49,7 +49,7 @@ def other_channels(came: str, wanted: int) -> str:
 
 
 def picture_layout(
-    format: str, bands: int, range: tuple[float, float], channels: int, alpha: Alpha = "straight"
+    format: str, bands: int, range: tuple[float, float] | None, channels: int, alpha: Alpha = "straight"
 ) -> Layout:
     """Return the layout of a picture with 1 to 4 bands: grey or colors, and alpha as the last of two or four.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import features
 
 from dinocli.data.decode import heic
-from dinocli.data.decode.extras import HEIC, JXL
+from dinocli.data.decode.extras import HEIC, JXL, MEDICAL
 from dinocli.data.decode.jpeg_header import find_frame
 
 _CONVERT = "convert it to PNG or JPEG"
@@ -18,7 +18,7 @@ _UNPACK = "unpack it"
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\x0a", "JPEG XL", JXL.pip),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", JXL.pip),
-    (128, b"DICM", "DICOM", "convert it to 16-bit PNG, TIFF or .npy, as with pydicom"),
+    (128, b"DICM", "DICOM", MEDICAL.pip),
     (0, b"II\xbc", "JPEG XR", _CONVERT),
     (0, b"BPG\xfb", "BPG", _CONVERT),
     (0, b"FLIF", "FLIF", _CONVERT),

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from dinocli.data.decode.extras import EXTRAS, extra_for
+from dinocli.data.sources.regular import begins_with
 
 # Suffixes of files that accompany images. No message is needed when these are not read.
 _BESIDE = frozenset(
@@ -16,7 +17,6 @@ _BESIDE = frozenset(
 _DOCUMENTS = frozenset("README LICENSE LICENCE COPYING NOTICE AUTHORS CHANGELOG CITATION MAKEFILE DOCKERFILE".split())
 _PACKED = frozenset(".gz .bz2 .xz .zst".split())
 _RAW = frozenset(".cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng .orf .rw2 .raf .pef .srw .raw .3fr .iiq .x3f".split())
-_DICOM = frozenset(".dcm .dicom .ima".split())
 _ARCHIVES = frozenset(".zip .7z .rar .gz .bz2 .xz .tgz .tar.gz .tar.bz2 .tar.xz .tar.zst .zst".split())
 VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .ogv .flv .3gp".split())
 
@@ -73,8 +73,6 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
         files = f"{shlex.quote(folder)}/*{suffix}"
         if kind in _RAW:
             return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {files}"
-        if kind in _DICOM or (kind == "" and _is_dicom(first.get(kind, ""))):
-            return "convert DICOM to 16-bit PNG, TIFF or .npy first: dcmj2pnm +on2 IN.dcm OUT.png (DCMTK)"
         if kind == ".tar":
             return f"these are tar shards: name their folder, or {shlex.quote(f'{where}/**/*.tar')}"
         if kind in _ARCHIVES:
@@ -89,12 +87,6 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
     return "name a folder with files such as .jpg, .png, .webp or .tif"
 
 
-def _is_dicom(path: str) -> bool:
+def looks_like_dicom(path: str) -> bool:
     """Recognise a DICOM file, which often has no suffix, by its mark after a preamble of 128 bytes."""
-    try:
-        if not os.path.isfile(path):
-            return False
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return begins_with(path, (b"DICM",), 128)

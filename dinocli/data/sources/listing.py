@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.atomic import atomic
 from dinocli.data.decode.extras import EXTRAS
-from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.kinds import kind_of, looks_like_dicom
 from dinocli.data.sources.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
 
 # Suffixes of image files: of all that can be read, and of those that the installed packages read.
@@ -110,7 +110,7 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
             if wanted(path):
                 names.append(inside + name)
             else:
-                kind = kind_of(name)
+                kind = kind_of(name) or (".dcm" if looks_like_dicom(path) else "")
                 kinds[kind] += 1
                 first.setdefault(kind, path)
     names.sort()

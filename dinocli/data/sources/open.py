@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dinocli.core.errors import DinoError, nearest
+from dinocli.data.decode.extras import MEDICAL
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
 from dinocli.data.sources.indexed import Images, folder_classes, number_classes
-from dinocli.data.sources.kinds import notes_of, remedy, unread
+from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
@@ -304,7 +305,10 @@ def photo_files(path: Path, notes: list[str] | None = None) -> list[Path]:
 
 def _is_image(path: str) -> bool:
     suffix = os.path.splitext(path)[1].lower()
-    return suffix in SUFFIXES if suffix else begins_with(path, _BEGINNINGS)
+    # DICOM files are often named by their number, 1.2.840.10008, which kind_of does not take for a suffix.
+    if suffix in SUFFIXES or kind_of(suffix and f"x{suffix}"):
+        return suffix in SUFFIXES
+    return begins_with(path, _BEGINNINGS) or (MEDICAL.suffixes <= SUFFIXES and looks_like_dicom(path))
 
 
 def _is_array(path: str) -> bool:

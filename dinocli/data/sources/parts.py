@@ -11,12 +11,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dinocli.data.decode import tiff_pages
+from dinocli.data.decode.dicom import count_frames, open_dicom
+from dinocli.data.decode.extras import MEDICAL
 from dinocli.data.decode.pillow import decode_or_reason
 from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.raster import UnfitArray
 from dinocli.data.decode.tiff_tags import SIGNATURES
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.kinds import kind_of, looks_like_dicom
 from dinocli.data.sources.regular import Refused, check_file, read_file
 
 _PART = re.compile(r"(.+)#(page|planes)=([0-9.,]+)", re.DOTALL)
@@ -84,7 +86,11 @@ def expand(root: str | os.PathLike[str], names: Sequence[str], images: ImagesCon
 def _parts(root: str | os.PathLike[str], name: str, images: ImagesConfig) -> list[str]:
     """Return the parts of a file, such as `page=1`; empty if it is one image."""
     kind = kind_of(name)
-    listed = _page_parts if images.pages != "first" and kind in _TIFF else None
+    listed = None
+    if images.pages != "first" and kind in _TIFF:
+        listed = _page_parts
+    elif images.pages == "all" and kind in ("", *MEDICAL.suffixes):
+        listed = _frame_parts
     if listed is None or part_of(name):
         return []
     path = os.path.join(root, name)
@@ -119,7 +125,15 @@ def _page_parts(path: str, images: ImagesConfig) -> Iterator[str]:
             yield f"planes={','.join(map(str, group))}"
 
 
+def _frame_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    frames = count_frames(path) if looks_like_dicom(path) else 1
+    yield from (f"page={number}" for number in range(1, 1 + frames) if frames > 1)
+
+
 def _read_page(path: str, value: str, images: ImagesConfig) -> Data:
+    if looks_like_dicom(path):
+        data = read_file(path, images)
+        return open_dicom(data, images, _number(value)) or data
     return _cut(path, [value], images)[0]
 
 
@@ -130,11 +144,15 @@ def _read_planes(path: str, value: str, images: ImagesConfig) -> Data:
 def _cut(path: str, values: Sequence[str], images: ImagesConfig) -> list[bytes]:
     pages, data = _pages(path, os.stat(path).st_mtime_ns), _map(path)
     if data[:4] not in SIGNATURES:
-        raise UnfitArray("not read here: pages of a file other than TIFF")
-    numbers = [int(value) if value.isdecimal() else 0 for value in values]
+        raise UnfitArray("not read here: pages of a file other than TIFF and DICOM")
+    numbers = [_number(value) for value in values]
     if wrong := next((value for value, n in zip(values, numbers, strict=True) if not 0 < n <= len(pages)), None):
         raise UnfitArray(f"no such page: {wrong}; the file has pages 1 to {len(pages)}")
     return [tiff_pages.cut_page(data, pages[n - 1], images.max_megabytes * 1e6) for n in numbers]
+
+
+def _number(value: str) -> int:
+    return int(value) if value.isdecimal() else 0
 
 
 _READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {"page": _read_page, "planes": _read_planes}

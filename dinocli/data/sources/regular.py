@@ -76,14 +76,14 @@ def check_file(path: str) -> str:
     return path
 
 
-def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
-    """Check if a regular file begins with one of `beginnings`. False if it cannot be read."""
+def begins_with(path: str | Path, beginnings: tuple[bytes, ...], at: int = 0) -> bool:
+    """Check if a regular file has one of `beginnings` at an offset. False if it cannot be read."""
     try:
         if not stat.S_ISREG(_status(path).st_mode):
             return False
         descriptor = os.open(path, _FLAGS)
         try:
-            return os.read(descriptor, max(map(len, beginnings))).startswith(beginnings)
+            return os.read(descriptor, at + max(map(len, beginnings))).startswith(beginnings, at)
         finally:
             os.close(descriptor)
     except OSError:

@@ -29,7 +29,6 @@ def jpeg(kind: int, bits: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (bytes(128) + b"DICM" + bytes(50), "DICOM"),
         (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(50), "a camera's raw file (CR3)"),
         (b"\0\0\0\x18ftypisom\0\0\0\0mp41avc1" + bytes(50), "a video (MP4 or QuickTime)"),
         (b"\x1a\x45\xdf\xa3" + bytes(50), "a video (Matroska or WebM)"),
@@ -64,12 +63,13 @@ def test_the_reason_names_the_format_and_how_to_convert_it(data: bytes, name: st
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "HEIC", "heic"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "HEIC", "heic"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(50), "HEIF", "heic"),
+        (bytes(128) + b"DICM" + bytes(50), "DICOM", "medical"),
     ],
 )
 def test_the_reason_names_the_extra_that_reads_the_format(
     monkeypatch: pytest.MonkeyPatch, data: bytes, name: str, extra: str
 ) -> None:
-    for package in ("pillow_heif", "imagecodecs"):
+    for package in ("pillow_heif", "imagecodecs", "pydicom"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     if name == "JPEG XL":
         data = data[:-50] + (b"\xff\x0a" + SIDES if data[:1] == b"\0" else SIDES)

@@ -75,7 +75,7 @@ def test_a_file_whose_name_looks_like_a_part_is_read_whole(tmp_path: Path) -> No
     [
         ("s.tif#page=4", "no such page: 4; the file has pages 1 to 3"),
         ("s.tif#page=0", "no such page: 0; the file has pages 1 to 3"),
-        ("x.jpg#page=1", "not read here: pages of a file other than TIFF"),
+        ("x.jpg#page=1", "not read here: pages of a file other than TIFF and DICOM"),
         ("empty.tif#page=1", "empty: the file has no bytes"),
     ],
 )
@@ -100,3 +100,17 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
     read_image(f"{path}#page=3")
     tifffile.imwrite(path, STACK[::-1], metadata=None, photometric="minisblack")
     np.testing.assert_array_equal(decode(read_image(f"{path}#page=3"), GREY), STACK[0][..., None])
+
+
+def test_frames_of_dicom_are_images_and_need_no_suffix(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", minversion="3")
+    from medical_files import dicom
+
+    frames = np.stack([STACK[0], STACK[1]])
+    (tmp_path / "1.2.840.1").write_bytes(dicom(frames, frames=2))
+    (tmp_path / "b.dcm").write_bytes(dicom(STACK[2]))
+    source = within(open_source(str(tmp_path)), GREY)
+    assert isinstance(source, Images)
+    assert list(source.names) == ["1.2.840.1#page=1", "1.2.840.1#page=2", "b.dcm"]
+    for row in range(3):
+        np.testing.assert_array_equal(decode(source.read(row, GREY), GREY), STACK[row][..., None])
