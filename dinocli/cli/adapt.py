@@ -123,7 +123,6 @@ def adapt(
     from dinocli.data.sources.open import open_source, within
 
     opened = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
-    console.notes(opened.notes)
 
     from dinocli.method.preset import load_preset
     from dinocli.train.adapt import RECIPES, recipe
@@ -133,6 +132,7 @@ def adapt(
     start = starting_point(source, overrides)
     name = preset or RECIPES[start.family]
     opened = within(opened, load_preset(name, [*(overrides or []), *given]).images)
+    console.notes(opened.notes)
     chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
     loaded = load_preset(name, settings)

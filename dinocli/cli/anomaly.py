@@ -187,9 +187,9 @@ def _build(
 
     check_bank_file(out)
     source = open_images(normal)
-    console.notes(source.notes)
     encoder = options.encoder()
     source = within(source, encoder.images)
+    console.notes(source.notes)
     settings = BankSettings(short_side or default_size(encoder), tuple(layers or [-1]), area or _AREA)
     with ExitStack() as stack:
         bars: dict[str, console.Advance] = {}

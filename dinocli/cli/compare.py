@@ -86,10 +86,11 @@ def compare(
         dino compare runs/tiny-1 runs/tiny-2 --on ./data
         dino compare runs/tiny-1 timm:vit_small_patch16_224.dino --on ./data
     """
+    from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.open import splits
 
     out = output_place(out)
-    parts = splits(data)
+    parts = splits(data, DEFAULTS)  # the networks may differ in their settings
     console.notes(note for source in parts.values() for note in source.notes)
 
     from dinocli.apps.compare.compare import compare

@@ -60,7 +60,6 @@ def doctor(
         from dinocli.data.sources.open import open_source
 
         source = open_source(images)  # before torch is loaded, so that a wrong path fails at once
-        console.notes(source.notes)
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
@@ -102,6 +101,7 @@ def _inspect(
 
     images = DEFAULTS.changed(overrides)
     source = within(source, images)
+    console.notes(source.notes)
     total = sample if source.count is None else min(sample, source.count)
     with console.progress("inspect", total, "images") as advance:
         seen = inspect(source, images=images, sample=sample, seed=seed, report=advance)

@@ -137,7 +137,6 @@ def extract(
         raise DinoError(f"--to {to} needs all features, and --part {part} extracts some", f"--to {to} with --merge")
     data = paths[-1]
     parts = splits(data)
-    console.notes(note for source in parts.values() for note in source.notes)
     note_inside(out, data)
 
     from dinocli.apps.doctor.inspection import warn_of
@@ -160,6 +159,7 @@ def extract(
     batch = batch_size or (64 if picked.type == "cpu" else 256)
     written, places = [], {}
     parts = {name: within(source, encoder.images) for name, source in parts.items()}
+    console.notes(note for source in parts.values() for note in source.notes)
     for name, source in parts.items():
         whole = out / f"{name}.safetensors"
         places[name] = part_path(whole, share) if numbered else whole

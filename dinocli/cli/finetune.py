@@ -156,16 +156,16 @@ def finetune(
         )
     given = given_settings(epochs, batch_size, seed, overrides)
 
-    from dinocli.data.sources.open import splits
+    from dinocli.data.sources.open import splits, within
 
-    for opened in splits(data, several=several).values():  # before torch is loaded, so that a wrong path fails at once
-        console.notes(opened.notes)
+    opened = splits(data, several=several)  # before torch is loaded, so that a wrong path fails at once
 
     from dinocli.method.preset import load_preset
     from dinocli.train.finetune import open_task, recipe
     from dinocli.train.prepare import prepare
 
     asked = load_preset(preset, [*(overrides or []), *given])
+    console.notes(note for part in opened.values() for note in within(part, asked.images).notes)
     task = open_task(
         data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=asked.training.seed,
         images=asked.images,

@@ -68,7 +68,6 @@ def pack(
 
     source = open_images(images)
     refuse_clash(source)
-    console.notes(source.notes)
 
     import torch
 
@@ -78,6 +77,7 @@ def pack(
 
     taken = DEFAULTS.changed(overrides or [])
     source = within(source, taken)
+    console.notes(source.notes)
     torch.set_num_threads(1)  # images are resized in parallel, one thread each
     try:
         with console.progress("pack", len(source), "images") as advance:

@@ -226,7 +226,6 @@ def pretrain(
     from dinocli.data.sources.several import open_sources
 
     source = open_sources(images)  # before torch is loaded, so that a wrong path or name fails at once
-    console.notes(source.notes)
     if not preset.endswith(".toml"):
         shipped.text(preset)
 
@@ -240,6 +239,7 @@ def pretrain(
     run = (before.preset, before.peak_lr, before.clock) if before else ()
     loaded = load_preset(preset, changed, *run)
     source = within(source, loaded.images)
+    console.notes(source.notes)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
         console.say(f"note: --steps {steps} is more than the run's {total} steps; it ends after {total}; see --epochs")

@@ -33,9 +33,11 @@ class Extra(NamedTuple):
 HEIC = Extra("heic", "pillow_heif", frozenset(".heic .heif .hif".split()))
 JXL = Extra("jxl", "imagecodecs", frozenset({".jxl"}))
 MEDICAL = Extra("medical", "pydicom", frozenset(".dcm .dicom .ima".split()))
-EXTRAS = (HEIC, JXL, MEDICAL)
+VOLUMES = Extra("medical", "nibabel", frozenset({".nii", ".nii.gz"}))
+EXTRAS = (HEIC, JXL, MEDICAL)  # for files of one image, or of pages
+HOLDERS = (VOLUMES,)  # for files that hold images only by a setting
 
 
 def extra_for(suffix: str) -> Extra | None:
     """Return the extra that reads files with a suffix; None if there is none."""
-    return next((extra for extra in EXTRAS if suffix in extra.suffixes), None)
+    return next((extra for extra in (*EXTRAS, *HOLDERS) if suffix in extra.suffixes), None)

@@ -32,6 +32,7 @@ class Images:
         clash: First image with two labels in a list, and both labels, in words; empty if there is none. The class of
             an image with several labels is all of them, separated by `;`.
         metadata: Further columns of a list, by name, with a text per image.
+        held: True if some names are of files that hold images only by a setting; see `within`.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Images:
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     clash: str = field(default="", kw_only=True)
     metadata: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
+    held: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)

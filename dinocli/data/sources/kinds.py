@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 
-from dinocli.data.decode.extras import EXTRAS, extra_for
+from dinocli.data.decode.extras import EXTRAS, HOLDERS, extra_for
 from dinocli.data.sources.regular import begins_with
 
 # Suffixes of files that accompany images. No message is needed when these are not read.
@@ -49,7 +49,7 @@ def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
 def notes_of(kinds: Mapping[str, int], begin: str = "not read") -> Iterator[str]:
     """Yield one line per extra that would read some of the files, and one with the counts of all other kinds."""
     left = not_beside(kinds)
-    for extra in EXTRAS:
+    for extra in (*EXTRAS, *HOLDERS):
         if not extra.installed and (missed := {kind: left.pop(kind) for kind in [*left] if kind in extra.suffixes}):
             yield f"{begin}: {unread(missed)}; {extra.pip} reads them"
     if left:

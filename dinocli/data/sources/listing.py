@@ -84,7 +84,7 @@ class Listing(NamedTuple):
         return sum(self.kinds.values())
 
 
-def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
+def list_files(root: Path, wanted: Callable[[str], bool], *, cached: bool = True) -> Listing:
     """List the files below a folder, following links and ignoring hidden files and outputs of this tool.
 
     A long listing is stored in the user's cache and reused until a folder below changes.
@@ -92,11 +92,12 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
     Args:
         root: Folder to list.
         wanted: Function that selects files by their path.
+        cached: Use the cache, which holds one selection per folder.
     """
     # An extra that is installed later changes which files are selected.
     place = os.fsencode(root.resolve()) + b"\0" + " ".join(sorted(SUFFIXES)).encode()
     memory = cache_folder() / "listing" / f"{hashlib.sha256(place).hexdigest()[:24]}.npz"
-    remembered = _recall(root, memory)
+    remembered = _recall(root, memory) if cached else None
     if remembered:
         return remembered
     began, names, folders, ours = time.time_ns(), list[str](), list[str](), list[str]()
@@ -115,7 +116,7 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
                 first.setdefault(kind, path)
     names.sort()
     listing = Listing(Names.of(names), dict(kinds.most_common()), _collapse(ours, names), first)
-    if len(names) >= _REMEMBERED:
+    if cached and len(names) >= _REMEMBERED:
         _remember(listing, root, folders, began, memory)
     return listing
 

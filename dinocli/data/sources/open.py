@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -16,12 +16,13 @@ from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
 from dinocli.data.sources.indexed import Images, folder_classes, number_classes
+from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
-from dinocli.data.sources.parts import expand
+from dinocli.data.sources.parts import expand, holder_of
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
@@ -110,7 +111,7 @@ def open_images(spec: str) -> Images:
     path = Path(spec)
     if is_archive(spec) and (archive := open_zip(path) if path.suffix.lower() == ZIP else open_tar(path)):
         return archive
-    return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
+    return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path, held=True)
 
 
 def is_archive(spec: str) -> bool:
@@ -119,24 +120,35 @@ def is_archive(spec: str) -> bool:
 
 
 def within(source: S, images: ImagesConfig) -> S:
-    """Return a source of the single images in the source's files: the pages of a TIFF.
+    """Return a source of the single images in the source's files, such as the pages of a TIFF.
 
-    Call it once the settings are known. Sources other than folders and lists are returned unchanged.
+    Call it once the settings are known. Sources other than folders, lists and several of them are returned unchanged.
+    Files that the settings do not take are counted in the notes.
+
+    Raises:
+        DinoError: If no image is left.
     """
-    if type(source) is not Images or images.pages == "first":
+    if isinstance(source, JoinedImages):
+        return cast(S, join_images(source.where, [within(part, images) for part in source.parts], source.shares))
+    if type(source) is not Images or not (source.held or images.pages != "first"):
         return source
-    parts = expand(source.root, source.names, images)
+    parts, missed = expand(source.root, source.names, images)
+    added: list[str] = [f"not read: {unread(kinds)}; --set {setting}" for setting, kinds in missed.items()]
+    if not parts:
+        setting, kinds = next(iter(missed.items()))
+        raise DinoError(f"no images in {source.where}: it holds {unread(kinds)}", f"--set {setting}")
     names, rows = Names.of([name for _, name in parts]), [row for row, _ in parts]
     metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in source.metadata.items()}
-    return replace(source, names=names, labels=source.labels[rows], notes=(), metadata=metadata)
+    labels, notes = source.labels[rows], (*source.notes, *added)
+    return replace(source, names=names, labels=labels, notes=notes, metadata=metadata, held=False)
 
 
-def splits(spec: str, images: ImagesConfig = DEFAULTS, *, several: bool = False) -> dict[str, Source]:
+def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = False) -> dict[str, Source]:
     """Open the splits of a labelled set: `train`, `val` and `test` if it has any, else the whole set as `all`.
 
     Args:
         spec: Source, as in `open_source`.
-        images: Settings that say which files hold several images.
+        images: Settings that say which files hold several images. If None, call `within` later.
         several: True if an image may have several labels.
 
     Raises:
@@ -159,8 +171,9 @@ def splits(spec: str, images: ImagesConfig = DEFAULTS, *, several: bool = False)
         source = open_source(spec)
         if isinstance(source, Images) and not several:
             refuse_clash(source)
-        return {"all": within(source, images)}
-    return {split: within(open_source(str(path)), images) for split, path in found.items()}
+        return {"all": within(source, images) if images else source}
+    opened = {split: open_source(str(path)) for split, path in found.items()}
+    return {split: within(part, images) if images else part for split, part in opened.items()}
 
 
 def refuse_clash(source: Images) -> None:
@@ -186,11 +199,15 @@ def _archive_splits(source: Source) -> dict[str, Source]:
     return {split: source.below(found[split], np.flatnonzero(source.labels == k)) for split, k in numbers.items()}
 
 
-def image_folder(root: Path) -> Images:
+def image_folder(root: Path, *, held: bool = False) -> Images:
     """List the images in a folder of any depth, ignoring hidden files and outputs of this tool.
 
     Arrays (.npy) count as images only in a folder without other images. If every image is in a subfolder, the
     top-level subfolders are the classes.
+
+    Args:
+        root: Folder to list.
+        held: List files that hold images only by a setting too, for `within`.
 
     Raises:
         DinoError: If the folder is missing, is a file, or holds no image.
@@ -200,12 +217,17 @@ def image_folder(root: Path) -> Images:
     if not root.is_dir():
         raise DinoError(f"{root} is a file; expected a folder of images", f"name its folder: {root.parent}")
     listing = list_files(root, _is_image)
+    held = held and any(holder_of(f"x{kind}") for kind in listing.kinds)
+    if held:
+        listing = _with_held(root, listing)
     if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
         arrays = list_files(root, _is_array)
         if not len(arrays.names):
             raise _no_images(root, listing)
         listing = arrays
-    found = Images(str(root), root, listing.names, *folder_classes(listing.names), notes=tuple(_notes(root, listing)))
+    classes, labels = folder_classes(listing.names)
+    notes = tuple(_notes(root, listing))
+    found = Images(str(root), root, listing.names, classes, labels, notes=notes, held=held)
     table = next((root / name for name in _METADATA if (root / name).is_file()), None)
     return _described(found, table) if table else found
 
@@ -230,6 +252,12 @@ def _described(images: Images, table: Path) -> Images:
     described = replace(images, notes=tuple(notes), metadata=metadata)
     labels = [row.label if row else "" for row in rows]
     return replace(described, **_label_fields(labels)) if any(labels) else described
+
+
+def _with_held(root: Path, listing: Listing) -> Listing:
+    held = list_files(root, lambda path: holder_of(os.path.basename(path)) is not None, cached=False)
+    kinds = {kind: count for kind, count in listing.kinds.items() if not holder_of(f"x{kind}")}
+    return listing._replace(names=Names.of(sorted([*listing.names, *held.names])), kinds=kinds)
 
 
 def _packed_images(folder: Path) -> PackedImages:
@@ -328,7 +356,8 @@ def _file_list(path: Path) -> Images:
     names = Names.of([entry.name for entry in entries])
     metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
     fields = _label_fields([entry.label for entry in entries])
-    return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata)
+    held = any(holder_of(entry.name) for entry in entries)
+    return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata, held=held)
 
 
 def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 from dinocli.data.decode import tiff_pages
 from dinocli.data.decode.dicom import count_frames, open_dicom
-from dinocli.data.decode.extras import MEDICAL
+from dinocli.data.decode.extras import MEDICAL, VOLUMES, extra_for
+from dinocli.data.decode.nifti import count_slices, open_slice
 from dinocli.data.decode.pillow import decode_or_reason
 from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.raster import UnfitArray
@@ -25,6 +27,22 @@ _PART = re.compile(r"(.+)#(page|planes)=([0-9.,]+)", re.DOTALL)
 _TIFF = frozenset({".tif", ".tiff"})
 _STORED = 64  # files whose table of pages each process remembers
 _THREADS = 8  # files opened at once to count their parts
+
+
+class Holder(NamedTuple):
+    """Kind of file that holds images only if a setting says so.
+
+    Attributes:
+        suffixes: Suffixes of the files.
+        setting: Setting that takes the images, and what it reads.
+        taken: Function that checks whether the settings take them.
+        parts: Function that yields the parts of a file, such as `page=1`.
+    """
+
+    suffixes: frozenset[str]
+    setting: str
+    taken: Callable[[ImagesConfig], bool]
+    parts: Callable[[str, ImagesConfig], Iterator[str]]
 
 
 class Part(NamedTuple):
@@ -47,6 +65,14 @@ def part_of(name: str) -> Part | None:
     return Part(*found.groups()) if found else None
 
 
+def holder_of(name: str) -> Holder | None:
+    """Return the kind of a file that holds images only by a setting, if its extra is installed."""
+    kind = kind_of(name)
+    found = next((holder for holder in _HOLDERS if kind in holder.suffixes), None)
+    extra = extra_for(kind) if found else None
+    return found if extra is None or extra.installed else None
+
+
 def read_image(path: str | os.PathLike[str], images: ImagesConfig = DEFAULTS) -> Data:
     """Read the image of a name: the bytes of a file, or one of several images in it.
 
@@ -65,8 +91,10 @@ def read_image(path: str | os.PathLike[str], images: ImagesConfig = DEFAULTS) ->
     return found
 
 
-def expand(root: str | os.PathLike[str], names: Sequence[str], images: ImagesConfig) -> list[tuple[int, str]]:
-    """Return the images of files, in order: the index of the file, and the name of each image in it.
+def expand(
+    root: str | os.PathLike[str], names: Sequence[str], images: ImagesConfig
+) -> tuple[list[tuple[int, str]], dict[str, Counter[str]]]:
+    """List the images in files.
 
     A file that cannot be read keeps its name, so that reading it gives the reason.
 
@@ -74,24 +102,37 @@ def expand(root: str | os.PathLike[str], names: Sequence[str], images: ImagesCon
         root: Folder that the names are relative to.
         names: Names of files.
         images: Settings that say which files hold several images.
+
+    Returns:
+        The index of the file and the name of each image in it, in order; and the number of files by suffix that no
+        setting takes, by the setting that would.
     """
     found: list[tuple[int, str]] = []
+    missed: dict[str, Counter[str]] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = pool.map(lambda name: _parts(root, name, images), names)
         for row, (name, some) in enumerate(zip(names, parts, strict=True)):
-            found += [(row, f"{name}#{part}") for part in some] if some else [(row, name)]
-    return found
+            holder = None if some or part_of(name) else holder_of(name)
+            if holder and not holder.taken(images):
+                missed.setdefault(holder.setting, Counter())[kind_of(name)] += 1
+            else:
+                found += [(row, f"{name}#{part}") for part in some] if some else [(row, name)]
+    return found, missed
 
 
 def _parts(root: str | os.PathLike[str], name: str, images: ImagesConfig) -> list[str]:
     """Return the parts of a file, such as `page=1`; empty if it is one image."""
     kind = kind_of(name)
+    if part_of(name):
+        return []
     listed = None
-    if images.pages != "first" and kind in _TIFF:
+    if holder := holder_of(name):
+        listed = holder.parts if holder.taken(images) else None
+    elif images.pages != "first" and kind in _TIFF:
         listed = _page_parts
     elif images.pages == "all" and kind in ("", *MEDICAL.suffixes):
         listed = _frame_parts
-    if listed is None or part_of(name):
+    if listed is None:
         return []
     path = os.path.join(root, name)
     found = decode_or_reason(images, False, lambda: list(listed(path, images)))
@@ -134,6 +175,8 @@ def _read_page(path: str, value: str, images: ImagesConfig) -> Data:
     if looks_like_dicom(path):
         data = read_file(path, images)
         return open_dicom(data, images, _number(value)) or data
+    if kind_of(path) in VOLUMES.suffixes:
+        return open_slice(path, _number(value), images.channels)
     return _cut(path, [value], images)[0]
 
 
@@ -144,15 +187,22 @@ def _read_planes(path: str, value: str, images: ImagesConfig) -> Data:
 def _cut(path: str, values: Sequence[str], images: ImagesConfig) -> list[bytes]:
     pages, data = _pages(path, os.stat(path).st_mtime_ns), _map(path)
     if data[:4] not in SIGNATURES:
-        raise UnfitArray("not read here: pages of a file other than TIFF and DICOM")
+        raise UnfitArray("not read here: pages of a file other than TIFF, DICOM and NIfTI")
     numbers = [_number(value) for value in values]
     if wrong := next((value for value, n in zip(values, numbers, strict=True) if not 0 < n <= len(pages)), None):
         raise UnfitArray(f"no such page: {wrong}; the file has pages 1 to {len(pages)}")
     return [tiff_pages.cut_page(data, pages[n - 1], images.max_megabytes * 1e6) for n in numbers]
 
 
+def _slice_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    yield from (f"page={number}" for number in range(1, 1 + count_slices(path)))
+
+
 def _number(value: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
+_HOLDERS = (
+    Holder(VOLUMES.suffixes, "images.pages=all reads their slices", lambda images: images.pages == "all", _slice_parts),
+)
 _READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {"page": _read_page, "planes": _read_planes}

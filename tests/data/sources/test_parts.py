@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import Images, image_folder, open_source, splits, within
+from dinocli.data.sources.open import Images, image_folder, open_source, photos, splits, within
 from dinocli.data.sources.parts import Part, part_of, read_image
 from dinocli.data.sources.regular import Refused
 
@@ -75,7 +76,7 @@ def test_a_file_whose_name_looks_like_a_part_is_read_whole(tmp_path: Path) -> No
     [
         ("s.tif#page=4", "no such page: 4; the file has pages 1 to 3"),
         ("s.tif#page=0", "no such page: 0; the file has pages 1 to 3"),
-        ("x.jpg#page=1", "not read here: pages of a file other than TIFF and DICOM"),
+        ("x.jpg#page=1", "not read here: pages of a file other than TIFF, DICOM and NIfTI"),
         ("empty.tif#page=1", "empty: the file has no bytes"),
     ],
 )
@@ -114,3 +115,30 @@ def test_frames_of_dicom_are_images_and_need_no_suffix(tmp_path: Path) -> None:
     assert list(source.names) == ["1.2.840.1#page=1", "1.2.840.1#page=2", "b.dcm"]
     for row in range(3):
         np.testing.assert_array_equal(decode(source.read(row, GREY), GREY), STACK[row][..., None])
+
+
+def test_volumes_are_read_by_slices_or_named_with_the_setting(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    stacks(tmp_path)
+    nibabel.save(nibabel.Nifti1Image(STACK.transpose(2, 1, 0)[:, ::-1], np.eye(4)), tmp_path / "b" / "v.nii.gz")
+    opened = open_source(str(tmp_path))
+    source = within(opened, GREY)
+    assert isinstance(opened, Images) and isinstance(source, Images) and source.notes == ()
+    assert list(source.names)[-3:] == [f"b/v.nii.gz#page={n}" for n in (1, 2, 3)] and source.labels.tolist()[-1] == 1
+    np.testing.assert_array_equal(decode(source.read(source.count - 1, GREY), GREY), STACK[2][..., None])
+    first = within(opened, DEFAULTS)
+    assert list(first.names) == ["a/s.tif", "a/t.tif", "b/u.tif"]
+    assert first.notes == ("not read: 1 .nii.gz; --set images.pages=all reads their slices",)
+    assert photos([tmp_path]).notes == ("not read: 1 .nii.gz",), "single photos have no slices"
+
+
+def test_a_folder_of_volumes_alone_needs_the_setting(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(STACK, np.eye(4)), tmp_path / "v.nii")
+    source = open_source(str(tmp_path))
+    with pytest.raises(DinoError, match=r"it holds 1 \.nii") as error:
+        within(source, DEFAULTS)
+    assert error.value.hint == "--set images.pages=all reads their slices"
+    (tmp_path / "list.csv").write_text("path,label\nv.nii,x\n")
+    listed = within(open_source(str(tmp_path / "list.csv")), GREY)
+    assert list(listed.names)[:1] == ["v.nii#page=1"] and listed.classes == ["x"]  # type: ignore[union-attr]
