@@ -29,6 +29,7 @@ class ImagesConfig(Config):
         max_megabytes: Largest accepted file.
         truncated: Accept files that end early, with the missing part grey, instead of refusing them.
         pages: Images of a TIFF or DICOM of several pages: the first, all, or one with the pages as its channels.
+        every: Seconds between the frames of a video that are read as images. If None, videos are not read.
         window: Values of 16-, 32-bit and float images that become black and white, or one pair per channel. If None,
             the bit depth decides.
     """
@@ -41,6 +42,7 @@ class ImagesConfig(Config):
     max_megabytes: float = Field(500.0, gt=0)
     truncated: bool = False
     pages: Literal["first", "all", "channels"] = "first"
+    every: float | None = Field(None, gt=0)
     window: Window = None
 
     @field_validator("window")

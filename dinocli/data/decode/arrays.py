@@ -17,6 +17,7 @@ from dinocli.data.decode.jpeg2000 import is_jpeg2000, open_jpeg2000
 from dinocli.data.decode.png import open_png
 from dinocli.data.decode.pnm import open_pnm
 from dinocli.data.decode.raster import ArrayFile, UnfitArray, other_channels
+from dinocli.data.decode.raw import is_raw, open_raw
 from dinocli.data.decode.unread import brand_of
 from dinocli.data.images import ImagesConfig
 
@@ -25,7 +26,7 @@ _SGI = b"\x01\xda"
 
 
 def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
-    """Open a .npy, DICOM, HEIC or JPEG XL, or a PNG, PNM, SGI or JPEG 2000 that Pillow reads too shallow.
+    """Open a .npy, camera raw, DICOM, HEIC or JPEG XL, or a PNG, PNM, SGI or JPEG 2000 that Pillow reads too shallow.
 
     Returns:
         The header; None if Pillow should read the file.
@@ -40,6 +41,8 @@ def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
         return open_pnm(data, images.channels, images.truncated)
     if data[:1] == b"\x89":
         return open_png(data, images.channels)
+    if is_raw(data):
+        return open_raw(data, images.channels)
     if is_dicom(data):
         return open_dicom(data, images)
     if data[:2] == _SGI:

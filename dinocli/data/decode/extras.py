@@ -33,9 +33,17 @@ class Extra(NamedTuple):
 HEIC = Extra("heic", "pillow_heif", frozenset(".heic .heif .hif".split()))
 JXL = Extra("jxl", "imagecodecs", frozenset({".jxl"}))
 MEDICAL = Extra("medical", "pydicom", frozenset(".dcm .dicom .ima".split()))
+RAW = Extra(
+    "raw",
+    "rawpy",
+    frozenset(".cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng .orf .rw2 .raf .pef .srw .raw .3fr .iiq .x3f".split()),
+)
 VOLUMES = Extra("medical", "nibabel", frozenset({".nii", ".nii.gz"}))
-EXTRAS = (HEIC, JXL, MEDICAL)  # for files of one image, or of pages
-HOLDERS = (VOLUMES,)  # for files that hold images only by a setting
+VIDEO = Extra(
+    "video", "av", frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .ogv .flv .3gp".split())
+)
+EXTRAS = (HEIC, JXL, MEDICAL, RAW)  # for files of one image, or of pages
+HOLDERS = (VOLUMES, VIDEO)  # for files that hold images only by a setting
 
 
 def extra_for(suffix: str) -> Extra | None:

@@ -111,7 +111,7 @@ class Opened:
     def _array_pixels(self) -> Pixels | BadImage:
         assert self._array
         channels = self._images.channels
-        with silence_libtiff() if self.format in ("TIFF", "JPEG2000") else nullcontext():
+        with silence_libtiff() if self.format in ("TIFF", "JPEG2000", "RAW") else nullcontext():
             values = self._array.read()
         pixels = to_bytes(values, self._array.layout, channels, self._images.windows)
         if pixels is None:

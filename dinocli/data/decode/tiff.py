@@ -15,6 +15,7 @@ from dinocli.data.decode import jpeg2000
 from dinocli.data.decode.bit_depth import Alpha, Colors, Layout, depth_range
 from dinocli.data.decode.jpeg_header import find_frame
 from dinocli.data.decode.raster import MISSING, ArrayFile, UnfitArray, other_channels
+from dinocli.data.decode.raw import open_raw
 from dinocli.data.decode.tiff_tags import ALPHAS, Facts, read_facts
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # otherwise it logs to stderr
@@ -44,7 +45,7 @@ def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
     if facts is None:
         return None
     if facts.raw:
-        raise UnfitArray("not read here: a camera's raw file; convert it to TIFF or JPEG with a raw converter")
+        return open_raw(data, channels)
     if fault := _tile_fault(facts):
         raise UnfitArray(fault)
     by_pillow = _is_pillows(facts, channels)

@@ -11,7 +11,6 @@ from dinocli.data.decode.jpeg_header import find_frame
 _CONVERT = "convert it to PNG or JPEG"
 _DEEP = "convert it to 16-bit PNG or TIFF"
 _FRAMES = "extract its frames to PNG or JPEG"
-_DEVELOP = "convert it to TIFF or JPEG with a raw converter"
 _UNPACK = "unpack it"
 
 # Offset, signature, name and advice.
@@ -42,14 +41,6 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (344, b"n+1\0", "NIfTI", "write its slices as .npy or 16-bit PNG, as with nibabel"),
     (0, b"ZISRAWFILE", "Zeiss CZI", "convert it to TIFF"),
     (0, b"\xda\xce\xbe\x0a", "Nikon ND2", "convert it to TIFF"),
-    (0, b"FUJIFILMCCD-RAW", "a camera's raw file (RAF)", _DEVELOP),
-    (0, b"IIRO", "a camera's raw file (ORF)", _DEVELOP),
-    (0, b"IIRS", "a camera's raw file (ORF)", _DEVELOP),
-    (0, b"MMOR", "a camera's raw file (ORF)", _DEVELOP),
-    (0, b"IIU\0", "a camera's raw file (RW2)", _DEVELOP),
-    (0, b"FOVb", "a camera's raw file (X3F)", _DEVELOP),
-    (0, b"\0MRM", "a camera's raw file (MRW)", _DEVELOP),
-    (6, b"HEAPCCDR", "a camera's raw file (CRW)", _DEVELOP),
     (0, b"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)", _FRAMES),
     (8, b"AVI ", "a video (AVI)", _FRAMES),
     (0, b"\0\0\1\xba", "a video (MPEG)", _FRAMES),
@@ -72,7 +63,6 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
 _BRANDS = {
     **{brand: (name, HEIC.pip) for brand, name in heic.BRANDS.items()},
     **dict.fromkeys((b"avif", b"avis"), ("AVIF", f"{_CONVERT}, or install a Pillow that reads it")),
-    b"crx ": ("a camera's raw file (CR3)", _DEVELOP),
 }
 _NOT_PICTURES = (
     (b"version https://git-lfs", "a Git LFS pointer: git lfs pull fetches the file"),

@@ -9,14 +9,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import VIDEO
 from dinocli.data.decode.pixels import BadImage, Data
-from dinocli.data.decode.turns import orientation_of, turned
+from dinocli.data.decode.turns import turned
+from dinocli.data.decode.video import orientation
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.kinds import VIDEOS
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.regular import read_file, why_unread
 
@@ -90,7 +90,7 @@ class VideoFrames(Frames):
             with av.open(str(self.where)) as file:
                 for number, frame in enumerate(file.decode(video=0)):
                     if number in wanted:
-                        pixels = turned(frame.to_ndarray(format="rgb24"), _orientation(frame))
+                        pixels = turned(frame.to_ndarray(format="rgb24"), orientation(frame))
                         yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
         except av.error.FFmpegError as error:
             # The file may also have been moved or cut short since `open_frames` read its header.
@@ -105,15 +105,9 @@ def _read(path: Path, images: ImagesConfig) -> bytes | BadImage:
         return BadImage(why_unread(error))
 
 
-def _orientation(frame: Any) -> int:
-    """Return the EXIF orientation of a video frame. PyAV's `frame.rotation` ignores mirroring."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
-
-
 def is_video(path: Path) -> bool:
     """Return whether a file is a video, by its name."""
-    return path.suffix.lower() in VIDEOS
+    return path.suffix.lower() in VIDEO.suffixes
 
 
 def open_frames(path: Path) -> Frames:

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 
-from dinocli.data.decode.extras import EXTRAS, HOLDERS, extra_for
+from dinocli.data.decode.extras import EXTRAS, HOLDERS, VIDEO, extra_for
 from dinocli.data.sources.regular import begins_with
 
 # Suffixes of files that accompany images. No message is needed when these are not read.
@@ -16,9 +16,7 @@ _BESIDE = frozenset(
 )
 _DOCUMENTS = frozenset("README LICENSE LICENCE COPYING NOTICE AUTHORS CHANGELOG CITATION MAKEFILE DOCKERFILE".split())
 _PACKED = frozenset(".gz .bz2 .xz .zst".split())
-_RAW = frozenset(".cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng .orf .rw2 .raf .pef .srw .raw .3fr .iiq .x3f".split())
 _ARCHIVES = frozenset(".zip .7z .rar .gz .bz2 .xz .tgz .tar.gz .tar.bz2 .tar.xz .tar.zst .zst".split())
-VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .ogv .flv .3gp".split())
 
 
 def kind_of(name: str) -> str:
@@ -67,19 +65,13 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
     for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
         if (extra := extra_for(kind)) and not extra.installed:
             return extra.pip
-        # The user may paste these commands: folders are quoted, and suffixes spelled as on disk (cameras write .CR2).
-        example = first.get(kind, os.path.join(where, kind))
-        folder, suffix = os.path.dirname(example), example[len(example) - len(kind) :]
-        files = f"{shlex.quote(folder)}/*{suffix}"
-        if kind in _RAW:
-            return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {files}"
         if kind == ".tar":
             return f"these are tar shards: name their folder, or {shlex.quote(f'{where}/**/*.tar')}"
         if kind in _ARCHIVES:
             if kind == ".zip" and kind in first:
                 return f"name an archive itself: {shlex.quote(first[kind])}"
             return f"unpack them into a folder with 7z x or tar -xf, and name that folder ({first.get(kind, kind)})"
-        if kind in VIDEOS:
+        if kind in VIDEO.suffixes:
             return (
                 "extract frames from videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "
                 "`dino track` read videos themselves"

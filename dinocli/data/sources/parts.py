@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 from dinocli.data.decode import tiff_pages
 from dinocli.data.decode.dicom import count_frames, open_dicom
-from dinocli.data.decode.extras import MEDICAL, VOLUMES, extra_for
+from dinocli.data.decode.extras import MEDICAL, VIDEO, VOLUMES, extra_for
 from dinocli.data.decode.nifti import count_slices, open_slice
 from dinocli.data.decode.pillow import decode_or_reason
 from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.raster import UnfitArray
 from dinocli.data.decode.tiff_tags import SIGNATURES
+from dinocli.data.decode.video import frame_times, read_frame
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom
 from dinocli.data.sources.regular import Refused, check_file, read_file
 
-_PART = re.compile(r"(.+)#(page|planes)=([0-9.,]+)", re.DOTALL)
+_PART = re.compile(r"(.+)#(page|planes|time)=([0-9.,]+)", re.DOTALL)
 _TIFF = frozenset({".tif", ".tiff"})
 _STORED = 64  # files whose table of pages each process remembers
 _THREADS = 8  # files opened at once to count their parts
@@ -198,11 +199,29 @@ def _slice_parts(path: str, images: ImagesConfig) -> Iterator[str]:
     yield from (f"page={number}" for number in range(1, 1 + count_slices(path)))
 
 
+def _time_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    yield from (f"time={_plain(time)}" for time in frame_times(path, images.every or 1))
+
+
+def _plain(number: float) -> str:
+    """Return a number with three digits after the point, without zeros at its end."""
+    return f"{number:.3f}".rstrip("0").rstrip(".")
+
+
+def _read_time(path: str, value: str, images: ImagesConfig) -> Data:
+    return read_frame(path, float(value), images)
+
+
 def _number(value: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
 _HOLDERS = (
     Holder(VOLUMES.suffixes, "images.pages=all reads their slices", lambda images: images.pages == "all", _slice_parts),
+    Holder(VIDEO.suffixes, "images.every=1 reads a frame per second", lambda images: bool(images.every), _time_parts),
 )
-_READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {"page": _read_page, "planes": _read_planes}
+_READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {
+    "page": _read_page,
+    "planes": _read_planes,
+    "time": _read_time,
+}

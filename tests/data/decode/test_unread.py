@@ -29,7 +29,6 @@ def jpeg(kind: int, bits: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(50), "a camera's raw file (CR3)"),
         (b"\0\0\0\x18ftypisom\0\0\0\0mp41avc1" + bytes(50), "a video (MP4 or QuickTime)"),
         (b"\x1a\x45\xdf\xa3" + bytes(50), "a video (Matroska or WebM)"),
         (b"RIFF\0\0\0\0AVI LIST" + bytes(50), "a video (AVI)"),
@@ -41,12 +40,10 @@ def jpeg(kind: int, bits: int) -> bytes:
         (b"8BPS\0\1" + bytes(50), "a Photoshop file of this kind"),
         (b"SIMPLE  =                    T", "FITS"),
         (b"PK\3\4" + bytes(50), "a ZIP archive"),
-        (b"FUJIFILMCCD-RAW 0201", "a camera's raw file (RAF)"),
         (jpeg(0xC1, 12), "JPEG of 12 bits"),
         (jpeg(0xC3, 16), "lossless JPEG of 16 bits"),
         (jpeg(0xC3, 8), "lossless JPEG of 8 bits"),
         (jpeg(0xF7, 8), "JPEG-LS"),
-        (b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + struct.pack("<HHHIIHHIII", 2, 256, 3, 1, 9, 257, 3, 1, 9, 0), "a camera's raw file"),
     ],
 )  # fmt: skip
 def test_the_reason_names_the_format_and_how_to_convert_it(data: bytes, name: str) -> None:
@@ -64,12 +61,19 @@ def test_the_reason_names_the_format_and_how_to_convert_it(data: bytes, name: st
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "HEIC", "heic"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(50), "HEIF", "heic"),
         (bytes(128) + b"DICM" + bytes(50), "DICOM", "medical"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(50), "a camera's raw file", "raw"),
+        (b"FUJIFILMCCD-RAW 0201", "a camera's raw file", "raw"),
+        (
+            b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + struct.pack("<HHHIIHHIII", 2, 256, 3, 1, 9, 257, 3, 1, 9, 0),
+            "a camera's raw file",
+            "raw",
+        ),
     ],
 )
 def test_the_reason_names_the_extra_that_reads_the_format(
     monkeypatch: pytest.MonkeyPatch, data: bytes, name: str, extra: str
 ) -> None:
-    for package in ("pillow_heif", "imagecodecs", "pydicom"):
+    for package in ("pillow_heif", "imagecodecs", "pydicom", "rawpy"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     if name == "JPEG XL":
         data = data[:-50] + (b"\xff\x0a" + SIDES if data[:1] == b"\0" else SIDES)

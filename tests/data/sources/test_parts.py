@@ -10,6 +10,7 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Images, image_folder, open_source, photos, splits, within
 from dinocli.data.sources.parts import Part, part_of, read_image
@@ -142,3 +143,28 @@ def test_a_folder_of_volumes_alone_needs_the_setting(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\nv.nii,x\n")
     listed = within(open_source(str(tmp_path / "list.csv")), GREY)
     assert list(listed.names)[:1] == ["v.nii#page=1"] and listed.classes == ["x"]  # type: ignore[union-attr]
+
+
+def test_videos_are_read_by_time_or_named_with_the_setting(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "f.mkv"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(0, 240, 20):  # three seconds
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode():
+            file.mux(packet)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    source = open_source(str(tmp_path))
+    with pytest.raises(DinoError, match=r"it holds 1 \.mkv, 1 \.mp4") as error:
+        within(source, DEFAULTS)
+    assert error.value.hint == "--set images.every=1 reads a frame per second"
+    often = ImagesConfig(every=0.75)
+    frames = within(source, often)
+    assert isinstance(frames, Images)
+    assert list(frames.names) == ["broken.mp4", *(f"f.mkv#time={t}" for t in ("0", "0.75", "1.5", "2.25"))]
+    levels = [np.mean(decode(frames.read(row, often), often)) for row in (4, 2, 1, 3)]  # type: ignore[arg-type]
+    np.testing.assert_allclose(levels, [180, 60, 0, 120], atol=4)
+    assert isinstance(decode(frames.read(0, often), often), BadImage), "a video that cannot be read is a bad image"

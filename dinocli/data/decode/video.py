@@ -1,0 +1,103 @@
+"""Single frames of video files, at a time, without decoding from the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dinocli.data.decode.guards import size_fault
+from dinocli.data.decode.raster import UnfitArray
+from dinocli.data.decode.turns import orientation_of, turned
+from dinocli.data.images import ImagesConfig
+
+_SLACK = 1e-3  # seconds; times in names are rounded to this
+
+
+def orientation(frame: Any) -> int:
+    """Return the EXIF orientation of a video frame. PyAV's `frame.rotation` ignores mirroring."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
+
+
+def frame_times(path: str, every: float) -> list[float]:
+    """Return the times of a video at which frames are read, in seconds from its first frame.
+
+    Args:
+        path: Video file.
+        every: Seconds between the frames.
+
+    Raises:
+        UnfitArray: If the file has no video stream, or states no duration.
+    """
+    av: Any = import_module("av")
+    with av.open(path) as file:
+        stream = _stream(file)
+        if stream.duration:
+            seconds = float(stream.duration * stream.time_base)
+        elif file.duration:
+            # Flash counts from zero, not from the first frame.
+            late = file.start_time if file.format.name == "flv" else 0
+            seconds = (file.duration - (late or 0)) / av.time_base
+        else:
+            raise UnfitArray("not read here: a video that states no duration; remux it, as with ffmpeg -c copy")
+    # A frame lasts until the next one: the end itself shows nothing.
+    return [number * every for number in range(max(1, math.ceil((seconds - _SLACK) / every)))]
+
+
+def read_frame(path: str, time: float, images: ImagesConfig) -> Image.Image:
+    """Read the frame that a video shows at a time, upright.
+
+    A seek is checked: in MPEG-TS it may land after the time, or find no frame. Then the file is decoded from its start.
+
+    Args:
+        path: Video file.
+        time: Seconds from the first frame.
+        images: Limits.
+
+    Raises:
+        UnfitArray: If the file has no video stream, the frame is over the limits, or there is none.
+    """
+    for seek in (True, False):
+        with import_module("av").open(path) as file:
+            stream = _stream(file)
+            if fault := size_fault((stream.width, stream.height), images):
+                raise UnfitArray(fault.reason)
+            shown = _shown(_decode(file, stream, time, seek), time, stream)
+            if shown is not None:
+                pixels = turned(shown.to_ndarray(format="rgb24"), orientation(shown))
+                return Image.fromarray(pixels)
+    raise UnfitArray(f"no frame at {time:g} seconds")
+
+
+def _stream(file: Any) -> Any:
+    stream = next(iter(file.streams.video), None)
+    if stream is None:
+        raise UnfitArray("no image: a file without a video stream")
+    stream.codec_context.thread_count = 1  # the workers already use all cores
+    return stream
+
+
+def _decode(file: Any, stream: Any, time: float, seek: bool) -> Iterator[Any]:
+    if seek:
+        try:
+            file.seek(int((stream.start_time or 0) + time / stream.time_base), stream=stream)
+        except OSError:  # FFmpeg's errors are, and this container cannot seek
+            return
+    yield from file.decode(stream)
+
+
+def _shown(frames: Iterator[Any], time: float, stream: Any) -> Any:
+    """Return the last frame that begins by a time; None if the first one begins later."""
+    until = (stream.start_time or 0) + (time + _SLACK) / stream.time_base
+    shown = None
+    for frame in frames:
+        begins = frame.pts if frame.pts is not None else frame.dts
+        if begins is not None and begins > until:
+            break
+        shown = frame
+    return shown
