@@ -30,6 +30,9 @@ class ImagesConfig(Config):
         truncated: Accept files that end early, with the missing part grey, instead of refusing them.
         pages: Images of a TIFF or DICOM of several pages: the first, all, or one with the pages as its channels.
         every: Seconds between the frames of a video that are read as images. If None, videos are not read.
+        tile: Side in pixels of the tiles of slides and pyramidal TIFFs. If None, slides are not read.
+        level: Level of the pyramid that is cut into tiles; 0 is the largest.
+        key: Name of the array in HDF5 and NPZ files whose rows are images. If empty, these files are not read.
         window: Values of 16-, 32-bit and float images that become black and white, or one pair per channel. If None,
             the bit depth decides.
     """
@@ -43,6 +46,9 @@ class ImagesConfig(Config):
     truncated: bool = False
     pages: Literal["first", "all", "channels"] = "first"
     every: float | None = Field(None, gt=0)
+    tile: int | None = Field(None, ge=8)
+    level: int = Field(0, ge=0)
+    key: str = ""
     window: Window = None
 
     @field_validator("window")

@@ -42,8 +42,10 @@ VOLUMES = Extra("medical", "nibabel", frozenset({".nii", ".nii.gz"}))
 VIDEO = Extra(
     "video", "av", frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .ogv .flv .3gp".split())
 )
+SLIDES = Extra("slides", "tiffslide", frozenset(".svs .ndpi .scn .bif".split()))
+HDF5 = Extra("hdf5", "h5py", frozenset(".h5 .hdf5 .hdf".split()))
 EXTRAS = (HEIC, JXL, MEDICAL, RAW)  # for files of one image, or of pages
-HOLDERS = (VOLUMES, VIDEO)  # for files that hold images only by a setting
+HOLDERS = (VOLUMES, VIDEO, SLIDES, HDF5)  # for files that hold images only by a setting
 
 
 def extra_for(suffix: str) -> Extra | None:

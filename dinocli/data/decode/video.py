@@ -15,6 +15,7 @@ from dinocli.data.decode.raster import UnfitArray
 from dinocli.data.decode.turns import orientation_of, turned
 from dinocli.data.images import ImagesConfig
 
+_MICROSECONDS = 1_000_000  # the unit of a container's times
 _SLACK = 1e-3  # seconds; times in names are rounded to this
 
 
@@ -34,15 +35,14 @@ def frame_times(path: str, every: float) -> list[float]:
     Raises:
         UnfitArray: If the file has no video stream, or states no duration.
     """
-    av: Any = import_module("av")
-    with av.open(path) as file:
+    with _open(path) as file:
         stream = _stream(file)
         if stream.duration:
             seconds = float(stream.duration * stream.time_base)
         elif file.duration:
             # Flash counts from zero, not from the first frame.
             late = file.start_time if file.format.name == "flv" else 0
-            seconds = (file.duration - (late or 0)) / av.time_base
+            seconds = (file.duration - (late or 0)) / _MICROSECONDS
         else:
             raise UnfitArray("not read here: a video that states no duration; remux it, as with ffmpeg -c copy")
     # A frame lasts until the next one: the end itself shows nothing.
@@ -63,7 +63,7 @@ def read_frame(path: str, time: float, images: ImagesConfig) -> Image.Image:
         UnfitArray: If the file has no video stream, the frame is over the limits, or there is none.
     """
     for seek in (True, False):
-        with import_module("av").open(path) as file:
+        with _open(path) as file:
             stream = _stream(file)
             if fault := size_fault((stream.width, stream.height), images):
                 raise UnfitArray(fault.reason)
@@ -72,6 +72,14 @@ def read_frame(path: str, time: float, images: ImagesConfig) -> Image.Image:
                 pixels = turned(shown.to_ndarray(format="rgb24"), orientation(shown))
                 return Image.fromarray(pixels)
     raise UnfitArray(f"no frame at {time:g} seconds")
+
+
+def _open(path: str) -> Any:
+    av: Any = import_module("av")
+    try:
+        return av.open(path)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"not a video: {error.strerror}") from error
 
 
 def _stream(file: Any) -> Any:

@@ -130,7 +130,7 @@ def within(source: S, images: ImagesConfig) -> S:
     """
     if isinstance(source, JoinedImages):
         return cast(S, join_images(source.where, [within(part, images) for part in source.parts], source.shares))
-    if type(source) is not Images or not (source.held or images.pages != "first"):
+    if type(source) is not Images or not (source.held or images.pages != "first" or images.tile):
         return source
     parts, missed = expand(source.root, source.names, images)
     added: list[str] = [f"not read: {unread(kinds)}; --set {setting}" for setting, kinds in missed.items()]

@@ -13,18 +13,20 @@ from typing import NamedTuple
 
 from dinocli.data.decode import tiff_pages
 from dinocli.data.decode.dicom import count_frames, open_dicom
-from dinocli.data.decode.extras import MEDICAL, VIDEO, VOLUMES, extra_for
+from dinocli.data.decode.extras import HDF5, MEDICAL, SLIDES, VIDEO, VOLUMES, extra_for
 from dinocli.data.decode.nifti import count_slices, open_slice
 from dinocli.data.decode.pillow import decode_or_reason
 from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.raster import UnfitArray
+from dinocli.data.decode.slides import count_levels, open_tile, tile_corners
+from dinocli.data.decode.stored_arrays import count_rows, read_row
 from dinocli.data.decode.tiff_tags import SIGNATURES
 from dinocli.data.decode.video import frame_times, read_frame
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom
-from dinocli.data.sources.regular import Refused, check_file, read_file
+from dinocli.data.sources.regular import Refused, begins_with, check_file, read_file
 
-_PART = re.compile(r"(.+)#(page|planes|time)=([0-9.,]+)", re.DOTALL)
+_PART = re.compile(r"(.+)#(page|planes|time|tile|row)=([0-9.,]+)", re.DOTALL)
 _TIFF = frozenset({".tif", ".tiff"})
 _STORED = 64  # files whose table of pages each process remembers
 _THREADS = 8  # files opened at once to count their parts
@@ -84,9 +86,12 @@ def read_image(path: str | os.PathLike[str], images: ImagesConfig = DEFAULTS) ->
     text = os.fspath(path)
     part = part_of(text)
     if part is None or os.path.exists(text):  # the name of a file may hold a #
-        return read_file(text, images)
+        if part is None and (holder := holder_of(text)) and holder.taken(images):
+            part = Part(text, "", "")  # its parts could not be counted, and counting again gives the reason
+        else:
+            return read_file(text, images)
     check_file(part.file)
-    found = decode_or_reason(images, False, lambda: _READERS[part.kind](part.file, part.value, images))
+    found = decode_or_reason(images, False, lambda: _READERS[part.kind](*part[::2], images))
     if isinstance(found, BadImage):
         raise Refused(found.reason)
     return found
@@ -129,6 +134,8 @@ def _parts(root: str | os.PathLike[str], name: str, images: ImagesConfig) -> lis
     listed = None
     if holder := holder_of(name):
         listed = holder.parts if holder.taken(images) else None
+    elif images.tile and kind in _TIFF and _is_pyramid(os.path.join(root, name)):
+        listed = _tile_parts
     elif images.pages != "first" and kind in _TIFF:
         listed = _page_parts
     elif images.pages == "all" and kind in ("", *MEDICAL.suffixes):
@@ -208,8 +215,37 @@ def _plain(number: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".")
 
 
+def _read_whole(path: str, value: str, images: ImagesConfig) -> Data:
+    holder = holder_of(path)
+    return read_file(path, images) if holder is None or list(holder.parts(path, images)) else b""
+
+
 def _read_time(path: str, value: str, images: ImagesConfig) -> Data:
     return read_frame(path, float(value), images)
+
+
+def _tile_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    yield from (f"tile={x},{y}" for x, y in tile_corners(path, images.tile or 0, images.level))
+
+
+def _read_tile(path: str, value: str, images: ImagesConfig) -> Data:
+    x, y = (_number(part) for part in value.split(","))
+    if images.tile is None:
+        raise UnfitArray("not read here: a tile of no size; set images.tile")
+    return open_tile(path, (x, y), images.tile, images.level, images.channels)
+
+
+def _row_parts(path: str, images: ImagesConfig) -> Iterator[str]:
+    yield from (f"row={row}" for row in range(count_rows(path, images.key)))
+
+
+def _read_row(path: str, value: str, images: ImagesConfig) -> Data:
+    return read_row(path, images.key, _number(value), images.max_megabytes * 1e6)
+
+
+def _is_pyramid(path: str) -> bool:
+    """Return True for a TIFF with reduced levels of its picture, as tiffslide reads them."""
+    return SLIDES.installed and begins_with(path, SIGNATURES) and count_levels(path) > 1
 
 
 def _number(value: str) -> int:
@@ -219,9 +255,19 @@ def _number(value: str) -> int:
 _HOLDERS = (
     Holder(VOLUMES.suffixes, "images.pages=all reads their slices", lambda images: images.pages == "all", _slice_parts),
     Holder(VIDEO.suffixes, "images.every=1 reads a frame per second", lambda images: bool(images.every), _time_parts),
+    Holder(SLIDES.suffixes, "images.tile=256 cuts them into tiles", lambda images: bool(images.tile), _tile_parts),
+    Holder(
+        HDF5.suffixes | {".npz"},
+        "images.key=NAME reads the rows of that array",
+        lambda images: bool(images.key),
+        _row_parts,
+    ),
 )
 _READERS: dict[str, Callable[[str, str, ImagesConfig], Data]] = {
+    "": _read_whole,
     "page": _read_page,
     "planes": _read_planes,
     "time": _read_time,
+    "tile": _read_tile,
+    "row": _read_row,
 }

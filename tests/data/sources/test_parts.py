@@ -10,7 +10,6 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
-from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Images, image_folder, open_source, photos, splits, within
 from dinocli.data.sources.parts import Part, part_of, read_image
@@ -167,4 +166,27 @@ def test_videos_are_read_by_time_or_named_with_the_setting(tmp_path: Path) -> No
     assert list(frames.names) == ["broken.mp4", *(f"f.mkv#time={t}" for t in ("0", "0.75", "1.5", "2.25"))]
     levels = [np.mean(decode(frames.read(row, often), often)) for row in (4, 2, 1, 3)]  # type: ignore[arg-type]
     np.testing.assert_allclose(levels, [180, 60, 0, 120], atol=4)
-    assert isinstance(decode(frames.read(0, often), often), BadImage), "a video that cannot be read is a bad image"
+    with pytest.raises(Refused, match="damaged: not a video: Invalid data found"):
+        frames.read(0, often)
+
+
+def test_rows_of_arrays_and_tiles_are_images(tmp_path: Path) -> None:
+    pytest.importorskip("tiffslide")
+    np.savez(tmp_path / "a.npz", x=STACK)
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    with tifffile.TiffWriter(tmp_path / "p.tif") as writer:
+        level = np.random.default_rng(3).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+        writer.write(level, tile=(32, 32), photometric="rgb", metadata=None, subifds=1)
+        writer.write(level[::2, ::2], tile=(32, 32), photometric="rgb", metadata=None, subfiletype=1)
+    source = open_source(str(tmp_path))
+    settings = ImagesConfig(channels=1, key="x", tile=32)
+    rows = within(source, settings)
+    assert isinstance(rows, Images)
+    tiles = [f"p.tif#tile={x},{y}" for y in (0, 32) for x in (0, 32, 64)]
+    assert list(rows.names) == ["a.npz#row=0", "a.npz#row=1", "a.npz#row=2", "broken.npz", *tiles]
+    np.testing.assert_array_equal(decode(rows.read(1, settings), settings), STACK[1][..., None])
+    color = ImagesConfig(tile=32)
+    np.testing.assert_array_equal(decode(rows.read(9, color), color), level[32:, 64:])
+    with pytest.raises(Refused, match="damaged: File is not a zip file"):
+        rows.read(3, settings)
+    assert within(source, DEFAULTS).notes == ("not read: 2 .npz; --set images.key=NAME reads the rows of that array",)
