@@ -155,12 +155,13 @@ def pretrain(
     note = logging.getLogger("dinocli").warning  # on stderr, unless the program configures logging
     short = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     given = {f"training.{name}": value for name, value in short.items() if value is not None}
-    source = given_source(images)
+    loaded = load_preset(preset, as_overrides(overrides | given))
+    source = given_source(images, loaded.images)
     for line in source.notes:
         note(line)
     plan = prepare(
         Path(preset).name.removesuffix(".toml"),
-        load_preset(preset, as_overrides(overrides | given)),
+        loaded,
         source,
         steps=steps,
         out=None if out is None else Path(out),

@@ -175,7 +175,7 @@ class Encoder:
         _check_tokens(tokens)
         return EncodedImages(
             self,
-            given_source(images),
+            given_source(images, self.images),
             tokens=tokens,
             blocks=blocks,
             size=size or self.size,

@@ -23,7 +23,7 @@ from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.listing import Names
-from dinocli.data.sources.open import Source, open_source
+from dinocli.data.sources.open import Source, open_source, within
 from dinocli.data.sources.regular import read_file
 
 Given = str | os.PathLike[str] | bytes | Image | NDArray[Any] | Tensor
@@ -95,14 +95,20 @@ def given_images(images: Given | Sequence[Given]) -> GivenImages:
     return GivenImages("the given images", Path(), names, [], np.full(len(given), -1, dtype=np.int32), given)
 
 
-def given_source(images: str | os.PathLike[str] | Sequence[Given] | Dataset[Any]) -> Source:
-    """Return the source of many images: a place as on the command line, a sequence of images, or a torch data set.
+def given_source(
+    images: str | os.PathLike[str] | Sequence[Given] | Dataset[Any], config: ImagesConfig = DEFAULTS
+) -> Source:
+    """Return the source of many images.
+
+    Args:
+        images: A place as on the command line, a sequence of images, or a torch data set.
+        config: Settings that say which files hold several images.
 
     Raises:
         DinoError: If the place does not exist, there are no images, or one has another type.
     """
     if isinstance(images, str | os.PathLike):
-        return open_source(os.fspath(images))
+        return within(open_source(os.fspath(images)), config)
     if isinstance(images, Dataset):
         return _of_dataset(images)
     return given_images(images)
