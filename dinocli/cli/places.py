@@ -40,11 +40,15 @@ def images_places(context: typer.Context, value: list[str]) -> list[str]:
 
 
 def _check_images(words: Words, value: str) -> None:
+    from dinocli.data.sources.hub import HUB
+    from dinocli.data.sources.remote import is_remote
     from dinocli.weights.identify import NAMES, kind_of
 
     kind = kind_of(value)
     if words.command == "pack":
         _check_pack(words, kind)
+    if value.startswith(HUB) or is_remote(value):
+        return
     hint = _hint_for_images(words, value, kind)
     if hint:
         named = "IMAGES " * (kind == "address")

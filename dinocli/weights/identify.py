@@ -14,7 +14,6 @@ from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
-from dinocli.data.sources.hub import HUB
 from dinocli.data.sources.listing import ARRAY, KNOWN
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.open import TORCHVISION
@@ -114,8 +113,6 @@ def refuse_missing_weights(place: str) -> None:
 
 def kind_of(place: str) -> Kind:
     """Return the kind of a path or name on the command line, by its name and, for folders and features, contents."""
-    if place.startswith(HUB):
-        return "source"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
         return "address"
     if place.startswith("timm:"):

@@ -166,7 +166,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "nowhere"], "nowhere does not exist", ""),
         (["pretrain", "imagse"], "imagse does not exist", "did you mean images?"),
         (["pretrain", "Image/a"], "Image/a does not exist", "did you mean images?"),
-        (["pretrain", "s3://bucket/images"], "IMAGES s3://bucket/images is an address", "copy it here first"),
+        (["pretrain", "s3://bucket/x.zip"], "IMAGES s3://bucket/x.zip is an address", "copy it here first"),
         (["pretrain", "images", "--init", "s3://b/x.pth"], "--init s3://b/x.pth is an address", "name the copy: x.pth"),
         (["pretrain", "images", "--out", "s3://b/x"], "--out s3://b/x is an address", "use --out x"),
         (["pretrain", "images", "--out", "images/a/0000.png"], "is a file; expected a folder", "use --out images/a/0000"),

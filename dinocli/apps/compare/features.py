@@ -175,4 +175,4 @@ def _agrees(features: Features, encoder: Encoder, source: Source, size: int) -> 
 
 def _locate(data: str) -> str:
     """Return a location that does not depend on the working directory."""
-    return data if data.startswith((TORCHVISION, PIPE)) else os.path.realpath(data)
+    return data if data.startswith((TORCHVISION, PIPE)) or "://" in data else os.path.realpath(data)

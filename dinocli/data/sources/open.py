@@ -25,6 +25,7 @@ from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_split
 from dinocli.data.sources.parts import expand, holder_of
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
+from dinocli.data.sources.remote import is_remote, open_remote
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
 from dinocli.data.sources.tar_files import open_tar
 from dinocli.data.sources.zip_files import ZIP, open_zip
@@ -80,9 +81,9 @@ def open_source(spec: str) -> Source:
     Args:
         spec: Folder of images, of any depth; `.zip` or `.tar` archive of one; `.txt` or `.csv` list of files, with or
             without labels; Parquet or Arrow files, a folder of them, or `hf://datasets/USER/NAME`; tar shards
-            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; or
-            `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name selects a split other than the
-            training split.
+            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; a
+            folder at an address (`s3://bucket/photos`, `https://host/photos`); or `torchvision:NAME`, which is
+            downloaded on first use. `/SPLIT` after the name selects a split other than the training split.
 
     Raises:
         DinoError: If the source does not exist or holds no image.
@@ -106,6 +107,8 @@ def open_images(spec: str) -> Images:
         return _packed_images(Path(spec))
     if spec.startswith(HUB):
         return open_images(str(fetch_dataset(spec)))
+    if is_remote(spec):
+        return open_remote(spec)
     if is_parquet(spec):
         return open_parquet(spec)
     path = Path(spec)
@@ -160,7 +163,7 @@ def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = Fal
         return splits(str(fetch_dataset(spec)))
     if is_parquet(spec):
         return dict(parquet_splits(spec))
-    if is_archive(spec):
+    if is_archive(spec) or is_remote(spec):
         return _archive_splits(open_source(spec))
     root = Path(spec)
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
@@ -190,7 +193,7 @@ def refuse_clash(source: Images) -> None:
 
 
 def _archive_splits(source: Source) -> dict[str, Source]:
-    """Return the parts of an archive that are in folders named as splits; as with folders, `test` may be a class."""
+    """Return the parts of a source in folders named as splits; as with local folders, `test` may be a class."""
     names = {name.lower(): name for name in source.classes}
     found = {split: names[name] for split, spellings in _SPLITS.items() for name in spellings if name in names}
     if isinstance(source, Shards) or not found or ("train" not in found and len(found) < len(source.classes)):

@@ -72,7 +72,8 @@ def expand(place: str) -> list[str]:
     Raises:
         DinoError: If nothing matches.
     """
-    if os.path.exists(place) or not glob.has_magic(place) or place.startswith(PIPE) or place.lower().endswith(".tar"):
+    local = not (place.startswith(PIPE) or "://" in place or place.lower().endswith(".tar"))
+    if os.path.exists(place) or not (local and glob.has_magic(place)):
         return [place]
     found = sorted(glob.glob(place, recursive=True))
     if not found:
