@@ -33,6 +33,7 @@ from dinocli.cli.training import (
     Recompute,
     SaveEvery,
     Seed,
+    Trackers,
     given_settings,
     parse_saving,
     refuse_images_folder,
@@ -129,14 +130,7 @@ def pretrain(
             help="Action when training collapses (every image gets the same output).", rich_help_panel=MONITORING
         ),
     ] = "warn",
-    tensorboard: Annotated[
-        bool,
-        typer.Option(
-            "--tensorboard",
-            help="Also write the metrics for TensorBoard, into the run folder.",
-            rich_help_panel=MONITORING,
-        ),
-    ] = False,
+    log: Trackers = None,
     report: Annotated[
         bool, typer.Option(help="Write report.html and curves.png into the run folder.", rich_help_panel=MONITORING)
     ] = True,
@@ -263,7 +257,7 @@ def pretrain(
         monitor=monitor,
         monitor_every=monitor_every,
         parallel=parallel,
-        tensorboard=tensorboard,
+        trackers=tuple(log or ()),
         report=report,
         recompute=recompute,
         graph=graph,

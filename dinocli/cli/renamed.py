@@ -19,6 +19,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "track": {"--size": "--short-side", "--top": "--k"},
     "pack": {"--side": "--short-side"},
     "export": {"--heads": "--projection-head"},
+    "pretrain": {"--tensorboard": "--log tensorboard"},
 }  # fmt: skip
 # Options that moved to another command: by old command and option, the new command and the option's new spelling.
 # With an empty spelling, the option's value becomes an argument.

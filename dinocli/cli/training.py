@@ -13,8 +13,9 @@ import typer
 from dinocli.cli import console
 from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import step_of
+from dinocli.cli.words import Misuse
 from dinocli.core.distributed import rank, size
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, nearest
 from dinocli.core.resources import format_bytes
 from dinocli.core.runs import CHECKPOINT, link_newest
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dinocli.weights.starting_point import StartingPoint
 
 
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
 ]
@@ -72,6 +74,32 @@ Graph = Annotated[
         "--graph/--no-graph",
         help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. Not yet tested on a GPU.",
         rich_help_panel=SPEED,
+    ),
+]
+
+
+def _check_trackers(names: list[str] | None) -> list[str] | None:
+    """Check the names of --log, since typer knows no list of choices.
+
+    Raises:
+        Misuse: If one is unknown.
+    """
+    for name in names or ():
+        if name not in _TRACKERS:
+            raise Misuse(
+                f"--log {name} is not valid; expected {', '.join(_TRACKERS)}", f"--log {nearest(name, _TRACKERS)}"
+            )
+    return names and list(dict.fromkeys(names))
+
+
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="|".join(_TRACKERS),
+        callback=_check_trackers,
+        help="Also send figures, curves and pictures to an experiment tracker; may be repeated.",
+        rich_help_panel=MONITORING,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)]

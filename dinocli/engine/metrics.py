@@ -1,4 +1,4 @@
-"""Metrics: one line per logged step in metrics.jsonl, TensorBoard files, and the speed of training."""
+"""Metrics: one line per logged step in metrics.jsonl, and the speed of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dinocli.core.atomic import write_text
 from dinocli.core.checksums import parse
-from dinocli.core.errors import DinoError
 
 
 class Metrics:
@@ -31,33 +30,6 @@ class Metrics:
         plain = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
-
-
-class TensorBoard:
-    """Writer of the same metrics for TensorBoard.
-
-    Args:
-        folder: Folder of TensorBoard's files.
-        step: Step to resume from; TensorBoard no longer shows metrics of later steps.
-
-    Raises:
-        DinoError: If TensorBoard is not installed.
-    """
-
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise DinoError(
-                "--tensorboard needs TensorBoard, which is not installed", "pip install 'dinocli[tensorboard]'"
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, values: dict[str, float | int]) -> None:
-        """Write the metrics of a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, int(values["step"]))
-        self._writer.flush()
 
 
 def _parse_step(line: str) -> float:

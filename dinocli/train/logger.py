@@ -15,9 +15,10 @@ from dinocli.core.atomic import write_text
 from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
+from dinocli.core.runs import CURVES, METRICS
 from dinocli.data.sources.indexed import Images
 from dinocli.engine.checkpoint import state_of
-from dinocli.engine.metrics import Metrics, Pace, TensorBoard
+from dinocli.engine.metrics import Metrics, Pace
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.features.encoder import NotFinite
 from dinocli.method.preset import AnyMethod
@@ -28,6 +29,7 @@ from dinocli.train.held_out import HeldOut
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import VIEWS, Photos
+from dinocli.train.trackers import Guarded, Tracked
 from dinocli.weights.checkpoint import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device
@@ -122,11 +124,9 @@ class Logger:
         between = steps_between_evaluations(images, plan.stop, preset.training.batch_size, preset.views)
         self._every = (plan.monitor_every or between) if images else 0  # steps between evaluations; 0 for none
         self._drawn = -math.inf
-        self._logs: list[Metrics | TensorBoard] = []
-        if first:
-            self._logs.append(Metrics(plan.out / "metrics.jsonl", trainer.clock.step))
-        if first and plan.tensorboard:
-            self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
+        self._metrics = Metrics(plan.out / METRICS, trainer.clock.step) if first else None
+        run = Tracked(plan.out, preset.model_dump(mode="json"), trainer.clock.step)
+        self._trackers = [Guarded(name, run, note) for name in plan.trackers if first]
         self._pace, self._waited = Pace(), 0.0
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseDetector(plan.preset, plan.clock.total)
@@ -187,6 +187,8 @@ class Logger:
             try:
                 views = VIEWS if self.plan.keep_best else 0
                 found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out, views=views)
+                for name in ("attention", "neighbours"):
+                    self._send_picture(name, self.plan.out / "pictures" / f"{name}-{self.trainer.clock.step}.jpg")
             except NotFinite as error:  # training continues without the picture
                 self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found
@@ -225,6 +227,7 @@ class Logger:
                 from dinocli.viz.report import write_report  # only here: it imports matplotlib
 
                 write_report(self.plan.out)
+                self._send_picture("curves", self.plan.out / CURVES)
             except Exception as error:  # training continues without the report
                 self.note(f"note: the report could not be drawn: {error}")
             self._drawn = time.perf_counter()
@@ -277,8 +280,19 @@ class Logger:
             self.note(f"hint: {collapse.remedy}")
 
     def _write(self, line: dict[str, float | int]) -> None:
-        for log in self._logs:
-            log.write(line)
+        if self._metrics:
+            self._metrics.write(line)
+        for tracker in self._trackers:
+            tracker.write(line)
+
+    def _send_picture(self, name: str, path: Path) -> None:
+        for tracker in self._trackers:
+            tracker.picture(name, path, self.trainer.clock.step)
+
+    def close(self) -> None:
+        """End the trackers, which then send what is left."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"

@@ -87,7 +87,7 @@ class Plan:
         held_out: Labelled images that evaluate a fine-tuning.
         patience: Number of evaluations in a row without a better score after which the run ends. If None, it never
             ends early.
-        tensorboard: If True, also log to TensorBoard.
+        trackers: Names of the experiment trackers that get the figures and pictures too.
         report: If True, evaluate a few photos during training, and draw the report.
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
         compiled: If True, compile the transformer blocks and the augmentation.
@@ -119,7 +119,7 @@ class Plan:
     monitor: str | None = None
     monitor_every: int | None = None
     keep_best: bool = False
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     report: bool = False
     parallel: Kind = "ddp"
     compiled: bool = False

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,15 +109,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         logger = Logger(plan, trainer, method, report, note, monitor)
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
-        try:
-            if not any_of(logger.stalled)[0]:  # an early end that an earlier call reached
-                session.train(batches)
-            stopping.finish()
-        finally:
-            batches.close()
-            if not stopping.at_once:
-                session.close(broken=sys.exception() is not None)
-        logger.draw(last=True)
+        with closing(logger):
+            try:
+                if not any_of(logger.stalled)[0]:  # an early end that an earlier call reached
+                    session.train(batches)
+                stopping.finish()
+            finally:
+                batches.close()
+                if not stopping.at_once:
+                    session.close(broken=sys.exception() is not None)
+            logger.draw(last=True)
     return Run(
         folder=plan.out,
         checkpoint=plan.out / CHECKPOINT,

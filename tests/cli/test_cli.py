@@ -778,6 +778,27 @@ def test_push_prints_what_to_check_and_the_upload_command(dino: Dino, images: Pa
     assert dino("extract", "timm:local-dir:tiny-1-hub", "images").stdout
 
 
+def test_push_uploads_only_if_asked_and_with_a_token(
+    dino: Dino, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from dinocli.apps.hub import upload
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    refused = dino("push", str(start), "--upload", "ada/my-birds", code=1)
+    assert "error: no token for the Hugging Face Hub" in refused.stderr
+    assert "hint: hf auth login" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [start.name], "nothing is written"
+    assert "add --upload USER/NAME" in dino("push", str(start), "--private", code=2).stderr
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(upload, "upload", lambda folder, name, *, private: f"https://hub/{name}?private={private}")
+    done = dino("push", str(start), "birds", "--upload", "ada/my-birds", "--private")
+    assert done.stdout == "birds\n"
+    assert done.stderr.endswith("results saved to birds, https://hub/ada/my-birds?private=True\n")
+    assert "hf-hub:ada/my-birds" in (tmp_path / "birds" / "README.md").read_text()
+
+
 def test_an_export_never_overwrites_its_source(dino: Dino, tmp_path: Path) -> None:
     import timm
     import torch
@@ -1185,3 +1206,9 @@ def test_features_are_written_for_other_tools(dino: Dino, tmp_path: Path, labell
     patches = dino("extract", str(start), "labelled", "--to", "csv", "--tokens", "patches", *options, code=1)
     assert "these features are patch tokens" in patches.stderr
     assert "extract train" not in patches.stderr
+
+
+def test_an_unknown_tracker_is_a_usage_error(dino: Dino, images: Path) -> None:
+    done = dino("pretrain", "images", "--log", "wandbb", code=2)
+    assert "--log wandbb is not valid; expected tensorboard, wandb, mlflow, trackio" in done.stderr
+    assert "hint: --log wandb\n" in done.stderr

@@ -42,6 +42,7 @@ class Facts:
         watched: Last k-NN accuracy on the images of `--monitor`, in percent.
         measured: k-NN measurement of the features.
         curves: File name of the plot of the curves.
+        owner: User of the hub who owns the model.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Facts:
     watched: float | None = None
     measured: Measured | None = None
     curves: str | None = None
+    owner: str = "USER"
 
 
 def card_of(facts: Facts) -> str:
@@ -120,7 +122,7 @@ def _describe(measured: Measured) -> str:
 
 def _write_loading(facts: Facts) -> str:
     """Return the code that loads the model with timm and this tool; it runs after USER is replaced."""
-    encoder, where = facts.encoder, f"hf-hub:USER/{facts.name}"
+    encoder, where = facts.encoder, f"hf-hub:{facts.owner}/{facts.name}"
     shape = f"1, {encoder.channels}, {encoder.size}, {encoder.size}"
     mode = {1: "L", 3: "RGB"}.get(encoder.channels)
     read = f'images = transform(Image.open("photo.jpg").convert("{mode}"))[None]  # [{shape}]'

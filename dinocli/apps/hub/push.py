@@ -46,7 +46,7 @@ class Pushed:
     measured: Measured | None
 
 
-def push(source: str, out: Path | None = None, features: Path | None = None) -> Pushed:
+def push(source: str, out: Path | None = None, features: Path | None = None, repository: str | None = None) -> Pushed:
     """Write a model folder for timm's hub loader, load it with timm, and compare the features.
 
     The card contains no paths of this machine and no photos.
@@ -56,6 +56,7 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
         out: Output folder, which names the model. If None, the run's name followed by `-hub`. The output of an earlier
             push is replaced unless its card was edited.
         features: Folder of labelled features of these weights, for the k-NN accuracy in the card.
+        repository: `USER/NAME` of the hub, which the card then names. If None, the card says USER.
 
     Raises:
         DinoError: If the source cannot be read or is not this tool's. If the features are of other weights, the output
@@ -70,7 +71,8 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
             f"{source} does not store its training; expected a run of this tool", f"dino export {source} --to timm"
         )
     run = _find_run(Path(source))
-    name = re.sub(r"[^\w.-]+", "-", out.name if out else run.name if run else Path(source).stem)
+    owner, _, given = (repository or "USER/").partition("/")
+    name = given or re.sub(r"[^\w.-]+", "-", out.name if out else run.name if run else Path(source).stem)
     out = out or Path(f"{name}-hub")
     _check_free(out)
     encoder = encoder_of(weights, source, torch.device("cpu"))
@@ -83,6 +85,7 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
             draw_curves(history, weights.preset.model_dump(mode="json"), folder / CURVES)
         facts = Facts(
             name=name,
+            owner=owner,
             encoder=encoder,
             preset=weights.preset,
             call=written.call,
