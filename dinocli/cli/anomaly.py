@@ -10,7 +10,6 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
-from dinocli.cli.learned import print_saved
 from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, NetworkOptions, Settings, ShortSide, output_place
 from dinocli.cli.places import normal_place, photo_place
 from dinocli.cli.words import Misuse
@@ -157,7 +156,7 @@ def anomaly(
             written += told["written"]
     if json:
         console.out_json(told | {"written": written})
-    print_saved(written)
+    console.saved(written)
 
 
 def _open(path: Path, options: NetworkOptions) -> tuple[Bank, Encoder]:

@@ -9,7 +9,7 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
-from dinocli.cli.learned import CLASSIFIER, print_saved
+from dinocli.cli.learned import CLASSIFIER
 from dinocli.cli.options import Device, Json, NetworkName, NetworkOptions, Photos, Settings, Workers, output_place
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def classify(
         )
     if len(groups) > PAGES * SHEET_ROWS:
         console.say(f"note: the pictures show {PAGES * SHEET_ROWS} of the {len(groups)} classes")
-    print_saved(written)
+    console.saved(written)
 
 
 def _describe(path: Path, classifier: Classifier) -> str:

@@ -18,7 +18,6 @@ from dinocli.cli.learned import (
     predictions_place,
     print_calibration,
     print_class_accuracies,
-    print_saved,
     save_predictions,
 )
 from dinocli.cli.options import FeatureFolder, Json, Temperature, features_or_newest
@@ -116,7 +115,7 @@ def knn(
             listed = " and ".join(map(str, ks))
             console.say(f"k {chosen}: the best of {listed} in leave-one-out on training images")
         print_calibration(calibration)
-    print_saved(written)
+    console.saved(written)
 
 
 def _print(result: KnnResult, maker: str) -> None:

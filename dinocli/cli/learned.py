@@ -128,9 +128,3 @@ def print_calibration(calibration: Calibration | None) -> None:
     )
     if calibration.images < FEW:
         console.say(f"note: {calibration.images} images are few; the confidences are a rough guess")
-
-
-def print_saved(paths: Sequence[object]) -> None:
-    """Print the written files, as the last line of a command."""
-    if paths:
-        console.say(f"results saved to {', '.join(map(str, paths))}")

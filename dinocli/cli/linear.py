@@ -19,7 +19,6 @@ from dinocli.cli.learned import (
     predictions_place,
     print_calibration,
     print_class_accuracies,
-    print_saved,
     save_predictions,
 )
 from dinocli.cli.options import (
@@ -142,7 +141,7 @@ def linear(
             print_class_accuracies(kept["per_class"])
     if trained.probe:
         print_calibration(trained.probe.result.calibration)
-    print_saved(written)
+    console.saved(written)
 
 
 class _Trained(NamedTuple):

@@ -11,7 +11,6 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
-from dinocli.cli.learned import print_saved
 from dinocli.cli.options import (
     Checkpoints,
     Device,
@@ -261,7 +260,7 @@ def _draw_similarities(
         columns = list(found[0])[len(encoders) == 1 :]
         cells = [[one[key] for key in columns] for one in found]
         console.table(columns, [[cell if isinstance(cell, str) else f"{cell:g}" for cell in row] for row in cells])
-    print_saved([picture])
+    console.saved([picture])
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:

@@ -9,7 +9,6 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
-from dinocli.cli.learned import print_saved
 from dinocli.cli.options import DataNow, Json, Limits, features_or_newest, output_place
 from dinocli.cli.places import features_place
 
@@ -130,7 +129,7 @@ def plot(
                 "written": written,
             }
         )
-    print_saved(written)
+    console.saved(written)
 
 
 def _columns(gallery: Gallery, clusters: int | None, table: Path | None, color: str | None, seed: int) -> list[Column]:

@@ -26,6 +26,13 @@ def test_each_skipped_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert not capsys.readouterr().err
 
 
+def test_the_last_lines_name_the_written_files_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
+    console.saved(["a", "b c", "a"], "dino knn")
+    assert capsys.readouterr().err == "results saved to a, b c\nnext: dino knn\n"
+    console.saved([])
+    assert capsys.readouterr() == ("", "")
+
+
 def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
