@@ -10,14 +10,7 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
-from dinocli.cli.learned import (
-    CLASSIFIER,
-    PredictionsFile,
-    predictions_place,
-    print_class_accuracies,
-    print_saved,
-    save_predictions,
-)
+from dinocli.cli.learned import CLASSIFIER, PredictionsFile, predictions_place, print_class_accuracies, save_predictions
 from dinocli.cli.options import AllSettings, Device, Json, Workers, note_inside, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
@@ -256,7 +249,7 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
             facts |= saved
             if not json:
                 print_class_accuracies(saved["per_class"])
-            print_saved([saved["predictions"], saved["confusion"]])
+            console.saved([saved["predictions"], saved["confusion"]])
     return facts
 
 
