@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
+import dinocli
 from dinocli.data.sources.open import open_source
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan
@@ -41,7 +44,8 @@ def untrained(example, tmp_path: Path) -> str:
 
 
 def test_each_example_has_a_test() -> None:
-    assert NAMES == ["custom_backbone", "custom_loss", "features_in_python", "finetune_head", "pretrain_in_python"]
+    known = ["custom_backbone", "custom_loss", "features_in_python", "finetune_head", "pretrain_in_python", "ray_data"]
+    assert known == NAMES
 
 
 def test_features_in_python(example, untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,8 +82,24 @@ def test_pretrain_in_python(example, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+def test_ray_data(example, untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that Ray's workers compute equal those of the encoder."""
+    ray = pytest.importorskip("ray", reason='needs pip install "ray[data]"')
+    paths = [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # Ray's workers import the example
+    found = example("ray_data").main(tmp_path, untrained)
+    ray.shutdown()
+    assert sorted(Path(path).name for path in found) == sorted(path.name for path in (tmp_path / "photos").iterdir())
+    encoder = dinocli.load(untrained, device="cpu")
+    for path, features in found.items():
+        np.testing.assert_allclose(features, encoder(path)[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_as_a_script(name: str, tmp_path: Path) -> None:
+    if name == "ray_data":
+        pytest.importorskip("ray", reason='needs pip install "ray[data]"')
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
