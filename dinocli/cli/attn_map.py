@@ -217,14 +217,14 @@ def _draw_photos(
             {"checkpoint": encoder.source, "jaccard": mean} for encoder, mean in zip(encoders, means, strict=True)
         ]
         console.out_json({"mean": average, "images": rows, "skipped": unmatched} if masks else rows)
-        return
-    if masks:
+    elif masks:
         cells = [[str(d.image), *(_format_overlap(block.overlap) for block in d.blocks)] for d in drawn]
         title = f"Jaccard of {mass:.0%} of the best head's attention and the objects of {len(drawn)} photos"
         average_row = ["mean", *(f"{mean:.3f}" for mean in means)]
         console.table(["image", *(e.source for e in encoders)], [*cells, average_row], title=title)
-    for d in drawn:
+    for d in () if json else drawn:
         console.out(str(d.picture))
+    console.saved(path for d in drawn for path in (d.picture, d.raw) if path)
 
 
 def _list_drawn(drawn: Drawn) -> dict[str, Any]:
@@ -315,6 +315,7 @@ def _draw_points(
     else:
         for one in drawn:
             console.out(one["picture"])
+    console.saved(one["picture"] for one in drawn)
 
 
 def _draw_films(
@@ -343,6 +344,7 @@ def _draw_films(
             console.out(str(path))
     if json:
         console.out_json([{"film": str(m.path), "frames": m.frames, "skipped": m.skipped} for m in made])
+    console.saved(m.path for m in made)
 
 
 def _find_masks(files: dict[Path, Path], folder: Path) -> tuple[dict[Path, Path], dict[str, str]]:

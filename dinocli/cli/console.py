@@ -26,6 +26,7 @@ _data = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _mistakes = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _NAME = 20  # characters
 _BAR, _SHORTEST_BAR = 40, 5  # columns of a terminal
+_SAVED = 8  # written files to name
 _PLAIN_EVERY = 10.0  # seconds between lines if stderr is not a terminal
 
 
@@ -53,8 +54,10 @@ def saved(paths: Iterable[object], then: str = "") -> None:
         paths: Written files and folders; without any, nothing is printed of them.
         then: Command that uses them. If empty, none is suggested.
     """
-    if names := ", ".join(dict.fromkeys(map(str, paths))):
-        say(f"results saved to {names}")
+    names = list(dict.fromkeys(map(str, paths)))
+    if names:
+        more = f" and {len(names) - _SAVED} more" if len(names) > _SAVED else ""
+        say(f"results saved to {', '.join(names[:_SAVED])}{more}")
     if then:
         say(f"next: {then}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -132,6 +133,7 @@ def curate(
     console.table(["step", "images left"], [[step, str(images)] for step, images in left.items()])
     for path in written:
         console.out(str(path))
+    console.saved(written, f"dino pretrain {quote(str(out))}" if written else "")
 
 
 def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:

@@ -133,6 +133,7 @@ def dedup(
     console.table(list(numbers), [[str(number) for number in numbers.values()]])
     for path in files:
         console.out(str(path))
+    console.saved(files)
 
 
 def _compare(gallery: Gallery, threshold: float | None, all_pairs: bool) -> tuple[Alike | None, Floats]:

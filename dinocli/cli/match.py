@@ -190,6 +190,7 @@ def match_photos(
         title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
         console.table(["threshold", "found", "same place", "chance"], _format_rows(scores), title=title)
     console.out(str(picture))
+    console.saved([picture])
 
 
 def _place_picture(a: Path, b: Path, out: Path, suffix: str = "") -> Path:

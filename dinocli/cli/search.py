@@ -107,6 +107,7 @@ def search(
     console.table(["photo", "image", "cosine", "class"], rows, title=f"nearest of {len(gallery)} images ({how})")
     for picture in pictures:
         console.out(picture)
+    console.saved(pictures)
 
 
 def _open_index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:

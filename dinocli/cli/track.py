@@ -170,6 +170,7 @@ def track_frames(
         console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
     for path in (done.strip, done.gif, done.masks):
         console.out(str(path))
+    console.saved([done.strip, done.gif, done.masks])
 
 
 def _format_row(name: str, score: Score, still: Score) -> list[str]:

@@ -29,6 +29,8 @@ def test_each_skipped_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_last_lines_name_the_written_files_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
     console.saved(["a", "b c", "a"], "dino knn")
     assert capsys.readouterr().err == "results saved to a, b c\nnext: dino knn\n"
+    console.saved(range(10))
+    assert capsys.readouterr().err == "results saved to 0, 1, 2, 3, 4, 5, 6, 7 and 2 more\n"
     console.saved([])
     assert capsys.readouterr() == ("", "")
 
