@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,8 @@ VIEWS = {224: (0.25, 1.0), 96: (0.05, 0.25)}  # side and areas of global and loc
 
 def differences(data: bytes, number: int) -> list[tuple[float, float]]:
     """Return the mean and the largest difference of a crop of each kind, in levels."""
+    import simplejpeg  # only here: the project does not depend on it
+
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     interpolated, repeated = (simplejpeg.decode_jpeg(data, fastupsample=fast) for fast in (False, True))
     numbers, _ = uniforms(0, 0, number, len(VIEWS))
@@ -38,6 +39,8 @@ def differences(data: bytes, number: int) -> list[tuple[float, float]]:
 
 def main() -> None:
     """Print the table."""
+    import simplejpeg
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos")
     files = [path.read_bytes() for path in sorted(Path(parser.parse_args().photos).rglob("*")) if path.is_file()]

@@ -73,7 +73,7 @@ def test_a_mistake_is_told_with_its_hint(tmp_path: Path, encoder: Encoder) -> No
 
 def test_attention_is_what_the_command_draws(tmp_path: Path, encoder: Encoder) -> None:
     photo = write_images(tmp_path, 1, size=50) / "0000.png"
-    drawn = draw(encoder, photo, tmp_path / "a", keep=0.5, size=32, raw=True)
+    drawn = draw([encoder], photo, tmp_path / "a", keep=0.5, size=32, raw=True)
     maps = dinocli.attention(encoder, photo, size=32)
     from safetensors.numpy import load_file
 

@@ -54,7 +54,7 @@ def slurm(
     Before the time limit, a training saves and ends, the job is queued again, and the same command resumes.
 
     Examples:
-        dino slurm --nodes 2 --gpus 4 pretrain ./images --epochs 100 > job.sbatch && sbatch job.sbatch
+        dino slurm --nodes 2 --gpus 4 pretrain ./images > job.sbatch
         dino slurm --partition gpu --time 8:00:00 extract ckpt.safetensors ./data | sbatch
     """
     name, *rest = words

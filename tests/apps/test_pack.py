@@ -37,6 +37,7 @@ class Listed:
     classes: list[str] = field(default_factory=list)
     held: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    clash: str = ""
 
     @property
     def where(self) -> str:

@@ -25,6 +25,7 @@ PANELS_OF_COMMANDS = {
         "pretrain",
         "adapt",
         "finetune",
+        "slurm",
         "runs",
         "report",
         "extract",

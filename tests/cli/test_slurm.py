@@ -71,7 +71,7 @@ def test_a_script_of_several_machines(script) -> None:
     words = command_in(text, ["-m", "dinocli"])
     assert words == ["pretrain", "my images", "--preset", "tiny", "--epochs", "3", "--out", "runs/pretrain-7"]
     parsed = COMMANDS["pretrain"].make_context("pretrain", words[1:]).params
-    assert (parsed["images"], parsed["epochs"], parsed["out"]) == ("my images", 3, Path("runs/pretrain-7"))
+    assert (parsed["images"], parsed["epochs"], parsed["out"]) == (["my images"], 3, Path("runs/pretrain-7"))
 
 
 @pytest.mark.parametrize("words", ["pretrain x --out=here", "extract timm:resnet18 x", "adapt x --from y", "knn"])

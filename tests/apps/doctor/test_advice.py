@@ -304,7 +304,7 @@ def test_each_recommended_command_starts_the_advised_plan(
     machine: Machine, facts: Inspection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dinocli.cli import main
-    from dinocli.data.sources import open as sources
+    from dinocli.data.sources import several
 
     command = advise(machine, facts, cost).command
     assert command
@@ -312,7 +312,7 @@ def test_each_recommended_command_starts_the_advised_plan(
     assert (dino, verb, where) == ("dino", "pretrain", "./my images")
     plans: list[planning.Plan] = []
     source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0", "notes": ()})()
-    monkeypatch.setattr(sources, "open_source", lambda spec: source)
+    monkeypatch.setattr(several, "open_sources", lambda specs: source)
     monkeypatch.setattr(
         costs, "estimate", lambda plan: plans.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
     )
