@@ -39,8 +39,8 @@ def export(
         str | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Run folder, ckpt.safetensors, or official .pth; for parquet, csv and npy, a folder or file of features. "
-            "Default: ./ckpt.safetensors or ./features, else those of the newest run.",
+            help="Run folder, ckpt.safetensors, or official .pth; for parquet, csv and npy, a folder or file of "
+            "features. Default: ./ckpt.safetensors or ./features, else those of the newest run.",
         ),
     ] = None,
     checkpoint: SameCheckpoint = None,
