@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
+
+
+@cache
+def _is_there(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 class Extra(NamedTuple):
@@ -22,7 +28,7 @@ class Extra(NamedTuple):
     @property
     def installed(self) -> bool:
         """True if the package can be found. It is not imported, which would take time."""
-        return find_spec(self.package) is not None
+        return _is_there(self.package)
 
     @property
     def pip(self) -> str:

@@ -76,6 +76,12 @@ def holder_of(name: str) -> Holder | None:
     return found if extra is None or extra.installed else None
 
 
+def _may_hold(name: str) -> bool:
+    """Return True if a file of this name may hold several images."""
+    kind = kind_of(name)
+    return kind in _TIFF or kind in ("", *MEDICAL.suffixes) or holder_of(name) is not None
+
+
 def read_image(path: str | os.PathLike[str], images: ImagesConfig = DEFAULTS) -> Data:
     """Read the image of a name: the bytes of a file, or one of several images in it.
 
@@ -115,14 +121,16 @@ def expand(
     """
     found: list[tuple[int, str]] = []
     missed: dict[str, Counter[str]] = {}
+    rows = [row for row, name in enumerate(names) if _may_hold(name)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = pool.map(lambda name: _parts(root, name, images), names)
-        for row, (name, some) in enumerate(zip(names, parts, strict=True)):
-            holder = None if some or part_of(name) else holder_of(name)
-            if holder and not holder.taken(images):
-                missed.setdefault(holder.setting, Counter())[kind_of(name)] += 1
-            else:
-                found += [(row, f"{name}#{part}") for part in some] if some else [(row, name)]
+        parts = dict(zip(rows, pool.map(lambda row: _parts(root, names[row], images), rows), strict=True))
+    for row, name in enumerate(names):
+        some = parts.get(row)
+        holder = holder_of(name) if row in parts and not some and not part_of(name) else None
+        if holder and not holder.taken(images):
+            missed.setdefault(holder.setting, Counter())[kind_of(name)] += 1
+        else:
+            found += [(row, f"{name}#{part}") for part in some] if some else [(row, name)]
     return found, missed
 
 
