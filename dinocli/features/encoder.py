@@ -163,7 +163,7 @@ class Encoder:
             size: Side that images are resized to, in pixels. If None, the training size.
             batch_size: Images per batch.
             workers: Number of decoding processes.
-            skip_bad: If True, leave out images that cannot be read; `bad` of the result lists them.
+            skip_bad: If True, skip images that cannot be read; `bad` of the result lists them.
 
         Returns:
             Data set whose items are batches with `features`, `names` and `labels`; for a DataLoader, use

@@ -40,11 +40,11 @@ class EncodedImages(IterableDataset[EncodedBatch]):
         size: Side of the images, in pixels.
         batch_size: Images per batch.
         workers: Number of decoding processes.
-        skip_bad: If True, leave out images that cannot be read; else they are an error.
+        skip_bad: If True, skip images that cannot be read; else they are an error.
 
     Attributes:
         source: Images; `source.classes` names the classes.
-        bad: Name and reason of each image left out so far.
+        bad: Name and reason of each image skipped so far.
     """
 
     def __init__(

@@ -831,8 +831,8 @@ def test_an_impossible_output_is_named_as_typed(dino: Dino, images: Path, out: s
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "tf"], "--to tf is not one of official, timm, onnx, torch-export"),
-        ([], "Missing option '--to'. Choose from: official, timm, onnx, torch-export"),
+        (["--to", "tf"], "--to tf is not one of official, timm, transformers, onnx, torch-export, parquet, csv, npy"),
+        ([], "Missing option '--to'. Choose from: official, timm, transformers, onnx, torch-export, parquet, csv, npy"),
         (["--to", "onnx", "--projection-head"], "--projection-head needs --to official; this is --to onnx"),
         (
             ["--to", "timm", "--size", "32"],
