@@ -836,7 +836,7 @@ def test_an_impossible_output_is_named_as_typed(dino: Dino, images: Path, out: s
         (["--to", "onnx", "--projection-head"], "--projection-head needs --to official; this is --to onnx"),
         (
             ["--to", "timm", "--size", "32"],
-            "--tokens and --size are only for the graphs of --to onnx and --to torch-export; this is --to timm",
+            "--tokens, --size and --any-size are only for the graphs of --to onnx and --to torch-export; this is --to timm",
         ),
     ],
 )
