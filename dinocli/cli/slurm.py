@@ -55,7 +55,7 @@ def slurm(
 
     Examples:
         dino slurm --nodes 2 --gpus 4 pretrain ./images > job.sbatch
-        dino slurm --partition gpu --time 8:00:00 extract ckpt.safetensors ./data | sbatch
+        dino slurm --partition gpu --time 8:00:00 knn | sbatch
     """
     name, *rest = words
     commands = context.find_root().command.commands  # type: ignore[attr-defined]
