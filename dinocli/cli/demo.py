@@ -65,3 +65,4 @@ def demo(
         f"a mask of the whole image has Jaccard {result.everything:.3f}",
     )
     console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")
+    console.saved([result.folder], "dino pretrain ./images --preset tiny")

@@ -100,7 +100,6 @@ def pack(
     if packed.faster:
         how = "from disk" if packed.cold else "from memory, without the disk's seek times"
         console.say(f"reading the shards is {packed.faster:.1f} times as fast as reading the files (measured {how})")
-    console.say(f"next: dino pretrain {out}")
     if json:
         console.out_json({"path": str(out), **asdict(packed)})
     else:
@@ -117,3 +116,4 @@ def pack(
                 ]
             ],
         )
+    console.saved([out], f"dino pretrain {out}")

@@ -326,10 +326,6 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     elif run.step > run.began or not run.step:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
-    if plan.labels is None:
-        console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
-    elif "classifier" in more:
-        console.say(f"next: dino classify IMAGES --with {more['classifier']}")
     if json:
         console.out_json(
             {
@@ -344,6 +340,12 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
         )
     else:
         console.out(str(run.checkpoint))
+    following = ""
+    if plan.labels is None:
+        following = f"dino extract {run.checkpoint.name if linked else run.checkpoint} DATA"
+    elif "classifier" in more:
+        following = f"dino classify IMAGES --with {more['classifier']}"
+    console.saved([run.folder], following)
 
 
 def _link(checkpoint: Path, *, unfinished: bool) -> bool:
