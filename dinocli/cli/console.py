@@ -122,6 +122,8 @@ class Advance(Protocol):
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     """Show a progress bar on a terminal, else print a line every 10 s. Include the rate if the unit is `images`.
 
+    The total is 0 if it is unknown.
+
     The first report may count work of an earlier call, such as of a resumed run. The rate and the time left ignore it.
     """
     start, first = time.monotonic(), -1
@@ -136,7 +138,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(None, table_column=Column(max_width=_BAR)),  # fills the width left by the text
-            TextColumn("{task.completed}/{task.total} " + unit),
+            TextColumn(("{task.completed}/{task.total} " if total else "{task.completed} ") + unit),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
@@ -145,7 +147,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
             # In a narrow terminal, shorten the name and the note, not the time left.
             fixed = len(f"  {total}/{total} {unit}  00:00:00 left ") + _SHORTEST_BAR
             short = _escape(what[: max(8, _words.width - fixed)])
-            task = bar.add_task(short, total=total, note="")
+            task = bar.add_task(short, total=total or None, note="")
 
             def update(done: int, note: str = "") -> None:
                 if first < 0:
@@ -160,11 +162,11 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     def print_line(done: int, note: str = "") -> None:
         nonlocal last
         now, said = time.monotonic(), format_note(done, note)
-        if done < total and now - last < _PLAIN_EVERY:
+        if (done < total or not total) and now - last < _PLAIN_EVERY:
             return
         last = now
         left = duration((now - start) * (total - done) / max(1, done - first))
-        parts = (f"{what} {done}/{total} {unit}", said, f"{left} left" if done < total else "")
+        parts = (f"{what} {done}{f'/{total}' if total else ''} {unit}", said, f"{left} left" if done < total else "")
         say("  ".join(part for part in parts if part))
 
     yield print_line

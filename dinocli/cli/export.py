@@ -135,8 +135,9 @@ def export(
     from dinocli.core.resources import format_bytes
     from dinocli.data.sources.open import open_source
     from dinocli.weights.export import ENDINGS, export
+    from dinocli.weights.shipped import place_of
 
-    name = _make_name(Path(source), to, network, projection_head) + ENDINGS[to]
+    name = _make_name(place_of(Path(source)), to, network, projection_head) + ENDINGS[to]
     target = output_place(out, file=name if ENDINGS[to] else "") if out else Path(name)
     done = export(
         source,

@@ -196,13 +196,25 @@ def extract(
     uses = "" if tokens == "patches" else "knn" if any(source.classes for source in parts.values()) else "plot"
     if numbered:
         console.say(f"part {numbered[0]} of {share.of}; when all are there, join them")
-        _show(written, out, to, f"dino extract --merge {quote(str(out))}", json)
+        _show(written, out, to, f"dino extract --merge {quote(str(out))} --out {quote(str(out))}", json)
     else:
         _show(written, out, to, uses and f"dino {uses} --features {quote(str(out))}", json)
 
 
 def _merge(places: list[Path], out: Path, to: TableFormat | Literal["safetensors"], json: bool) -> None:
-    """Join the parts in some folders, split by split."""
+    """Join the parts in some folders, split by split.
+
+    Raises:
+        DinoError: If a place is a checkpoint, or its parts cannot be joined.
+    """
+    from dinocli.weights.identify import WEIGHTS, kind_of
+
+    for place in places:
+        if kind_of(str(place)) in WEIGHTS:
+            raise DinoError(
+                f"--merge joins folders of parts, and {place} is a checkpoint",
+                f"dino extract --merge {out} --out {out}",
+            )
     from dinocli.data.sources.outputs import marked
     from dinocli.features.parts import find_parts, join
 

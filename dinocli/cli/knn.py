@@ -115,7 +115,7 @@ def knn(
             listed = " and ".join(map(str, ks))
             console.say(f"k {chosen}: the best of {listed} in leave-one-out on training images")
         print_calibration(calibration)
-    console.saved(written)
+    console.saved(written, f"dino classify IMAGES --with {out}" if save else "")
 
 
 def _print(result: KnnResult, maker: str) -> None:

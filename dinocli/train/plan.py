@@ -308,7 +308,7 @@ def cautions(plan: Plan) -> Iterator[str]:
                 f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, too few to train most: "
                 + ", or ".join(ways)
             )
-    if plan.accumulate > 1 and (remedy := _avoid_batch_norm(preset)):
+    if plan.accumulate > 1 and (remedy := _avoid_batch_norm(preset, fixed=plan.init is not None)):
         at_once = preset.training.batch_size // plan.accumulate
         yield (
             f"with --accumulate {plan.accumulate} BatchNorm normalizes over {at_once} images instead of the whole "
@@ -330,10 +330,15 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
 
 
-def _avoid_batch_norm(preset: Preset) -> str:
-    """Return how to train with accumulation and without BatchNorm in parts; empty if the networks have none."""
+def _avoid_batch_norm(preset: Preset, *, fixed: bool) -> str:
+    """Return how to train with accumulation and without BatchNorm in parts; empty if the networks have none.
+
+    Args:
+        preset: Recipe.
+        fixed: True if loaded weights fix the backbone.
+    """
     without = [f"--set heads.{name}.batch_norm=false" for name, head in preset.heads.items() if head.batch_norm]
-    if preset.backbone.stem == "conv":
+    if preset.backbone.stem == "conv" and not fixed:
         without.append("--set backbone.stem=patch")
     else:
         with torch.device("meta"):

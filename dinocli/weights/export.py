@@ -33,6 +33,7 @@ from dinocli.weights.identify import config_of
 from dinocli.weights.load import architecture_of, encoder_of
 from dinocli.weights.official import OFFICIAL, original_head, original_network
 from dinocli.weights.reduced_onnx import OnnxPrecision, Reduced, reduce_onnx
+from dinocli.weights.shipped import place_of
 from dinocli.weights.to_transformers import TRANSFORMERS_FILES, write_transformers
 
 Format = Literal["official", "timm", "transformers", "onnx", "torch-export"]
@@ -107,7 +108,7 @@ def export(
     if out.suffix != ENDINGS[to] and ENDINGS[to]:
         raise DinoError(f"{out} does not end in {ENDINGS[to]}, as --to {to} needs", f"--out {out.stem}{ENDINGS[to]}")
     weights = read_weights(Path(source), which)
-    _keep_the_source(Path(source), to, out)
+    _keep_the_source(place_of(Path(source)), to, out)
     encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
     architecture = architecture_of(weights, source, overrides)
     if to == "official" and architecture.stem == "conv":
@@ -151,7 +152,7 @@ def export(
 
 
 def _no_conv_stem(whose: str) -> DinoError:
-    hint = "dino export --to onnx or --to torch-export"
+    hint = "export the same checkpoint with --to onnx or --to torch-export"
     return DinoError(f"{whose} have no convolutional stem (backbone.stem)", hint)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dinocli.core.runs import CHECKPOINT
 from dinocli.features.store import Provenance
+from dinocli.weights.identify import UNTRAINED
+from dinocli.weights.shipped import PREFIX
 
 
 def checkpoints_of(provenance: Provenance, beside: Path) -> list[str]:
@@ -19,7 +21,7 @@ def checkpoints_of(provenance: Provenance, beside: Path) -> list[str]:
         provenance: Provenance of the features.
         beside: Folder of the file that stores the provenance.
     """
-    if provenance.source.startswith("timm:"):
+    if provenance.source.startswith(("timm:", UNTRAINED, PREFIX)):
         return [provenance.source]
     named = [provenance.run and str(Path(provenance.run) / CHECKPOINT), provenance.source]
     places = [base / name for base in (Path(), beside) for name in named if name]

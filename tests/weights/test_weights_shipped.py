@@ -8,8 +8,10 @@ import torch
 import dinocli
 from dinocli.apps.demo.drawings import draw
 from dinocli.core.errors import DinoError
+from dinocli.features.store import Provenance
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.identify import kind_of
+from dinocli.weights.maker import checkpoints_of
 from dinocli.weights.shipped import names, place_of
 
 
@@ -39,3 +41,8 @@ def test_it_tells_drawn_things_apart_better_than_its_untrained_twin() -> None:
         return float((labels[nearest] == labels).float().mean())
 
     assert same_kind("dinocli:mini") > same_kind("untrained:mini") + 0.1
+
+
+def test_features_of_it_name_it_as_their_maker(tmp_path: Path) -> None:
+    provenance = Provenance("dinocli:mini", "0", "cls", 1, 64, "data")
+    assert checkpoints_of(provenance, tmp_path) == ["dinocli:mini"]
