@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -71,6 +71,17 @@ class PackedImages(Images):
         return self.pixels.read(index, images)
 
 
+@dataclass(frozen=True, eq=False)
+class FolderImages(Images):
+    """Images of a folder.
+
+    Attributes:
+        listed: Messages about its files, without those about its table of images.
+    """
+
+    listed: tuple[str, ...] = field(default=(), kw_only=True)
+
+
 Source = Images | Shards
 S = TypeVar("S", Images, Shards, Source)
 
@@ -126,24 +137,39 @@ def within(source: S, images: ImagesConfig) -> S:
     """Return a source of the single images in the source's files, such as the pages of a TIFF.
 
     Call it once the settings are known. Sources other than folders, lists and several of them are returned unchanged.
-    Files that the settings do not take are counted in the notes.
+    Files that the settings do not take are counted in the notes; classes that only they have are dropped.
 
     Raises:
         DinoError: If no image is left.
     """
     if isinstance(source, JoinedImages):
         return cast(S, join_images(source.where, [within(part, images) for part in source.parts], source.shares))
-    if type(source) is not Images or not (source.held or images.pages != "first" or images.tile):
+    if type(source) not in (Images, FolderImages) or not isinstance(source, Images):
+        return source
+    if not (source.held or images.pages != "first" or images.tile):
         return source
     parts, missed = expand(source.root, source.names, images)
     added: list[str] = [f"not read: {unread(kinds)}; --set {setting}" for setting, kinds in missed.items()]
     if not parts:
         setting, kinds = next(iter(missed.items()))
         raise DinoError(f"no images in {source.where}: it holds {unread(kinds)}", f"--set {setting}")
-    names, rows = Names.of([name for _, name in parts]), [row for row, _ in parts]
+    kept = list(dict.fromkeys(row for row, _ in parts))
+    files: Any = source if len(kept) == len(source) else _keep(source, kept)
+    place = {row: i for i, row in enumerate(kept)}
+    names, rows = Names.of([name for _, name in parts]), [place[row] for row, _ in parts]
+    metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in files.metadata.items()}
+    labels, notes = files.labels[rows], (*files.notes, *added)
+    return replace(files, names=names, labels=labels, notes=notes, metadata=metadata, held=False)
+
+
+def _keep(source: Images, rows: Sequence[int]) -> Images:
+    """Return some files of a folder or list, with the classes that these files have."""
+    names = Names.of([source.names[row] for row in rows])
+    if isinstance(source, FolderImages):
+        return _folder(source.root, names, source.listed)
+    labels = [source.classes[label] if label >= 0 else "" for label in source.labels[rows].tolist()]
     metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in source.metadata.items()}
-    labels, notes = source.labels[rows], (*source.notes, *added)
-    return replace(source, names=names, labels=labels, notes=notes, metadata=metadata, held=False)
+    return replace(source, names=names, metadata=metadata, **_label_fields(labels))
 
 
 def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = False) -> dict[str, Source]:
@@ -228,9 +254,12 @@ def image_folder(root: Path, *, held: bool = False) -> Images:
         if not len(arrays.names):
             raise _no_images(root, listing)
         listing = arrays
-    classes, labels = folder_classes(listing.names)
-    notes = tuple(_notes(root, listing))
-    found = Images(str(root), root, listing.names, classes, labels, notes=notes, held=held)
+    return _folder(root, listing.names, tuple(_notes(root, listing)), held=held)
+
+
+def _folder(root: Path, names: Names, notes: tuple[str, ...], *, held: bool = False) -> Images:
+    classes, labels = folder_classes(names)
+    found = FolderImages(str(root), root, names, classes, labels, notes=notes, held=held, listed=notes)
     table = next((root / name for name in _METADATA if (root / name).is_file()), None)
     return _described(found, table) if table else found
 
@@ -248,7 +277,7 @@ def _described(images: Images, table: Path) -> Images:
         first = images.names[rows.index(None)]
         notes.append(f"{rows.count(None)} images have no row in {table}, such as {first}; they are read without labels")
     if entries:
-        notes.append(f"{len(entries)} rows of {table} name files that are not here, such as {next(iter(entries))}")
+        notes.append(f"{len(entries)} rows of {table} name no image of the folder, such as {next(iter(entries))}")
     metadata = {
         column: Names.of([row.more[i] if row else "" for row in rows]) for i, column in enumerate(listed.columns)
     }

@@ -171,7 +171,7 @@ def test_metadata_of_a_folder(tmp_path: Path) -> None:
     assert list(source.metadata["site"]) == ["south", "north", ""]
     assert source.notes[-2:] == (
         f"1 images have no row in {table}, such as a/z w.jpg; they are read without labels",
-        f"1 rows of {table} name files that are not here, such as a/no.jpg",
+        f"1 rows of {table} name no image of the folder, such as a/no.jpg",
     )
 
 

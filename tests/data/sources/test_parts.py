@@ -132,6 +132,28 @@ def test_volumes_are_read_by_slices_or_named_with_the_setting(tmp_path: Path) ->
     assert photos([tmp_path]).notes == ("not read: 1 .nii.gz",), "single photos have no slices"
 
 
+def test_files_that_no_setting_takes_change_neither_classes_nor_labels(tmp_path: Path) -> None:
+    stacks(tmp_path)
+    np.savez(tmp_path / "labels.npz", y=np.arange(3))
+    folder = within(open_source(str(tmp_path)), DEFAULTS)
+    assert isinstance(folder, Images)
+    assert (folder.classes, folder.labels.tolist()) == (["a", "b"], [0, 0, 1])
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "labels.npz").rename(tmp_path / "arrays" / "x.npz")
+    every = splits(str(tmp_path), DEFAULTS)["all"]
+    assert every.classes == ["a", "b"], "a folder without images is no class"
+    rows = within(open_source(str(tmp_path)), ImagesConfig(key="y"))
+    assert rows.classes == ["a", "arrays", "b"]
+    table = ["file_name,label", "a/s.tif,new", "a/t.tif,old", "b/u.tif,old", "arrays/x.npz,none"]
+    for name in ("list.csv", "metadata.csv"):
+        (tmp_path / name).write_text("\n".join(table))
+        described = within(open_source(str(tmp_path / name if name == "list.csv" else tmp_path)), DEFAULTS)
+        assert isinstance(described, Images)
+        assert (described.classes, described.labels.tolist()) == (["new", "old"], [0, 1, 1]), name
+    (tmp_path / "metadata.csv").write_text("\n".join(table[:4]))
+    assert not [note for note in within(open_source(str(tmp_path)), DEFAULTS).notes if "metadata" in note]
+
+
 def test_a_folder_of_volumes_alone_needs_the_setting(tmp_path: Path) -> None:
     nibabel = pytest.importorskip("nibabel")
     nibabel.save(nibabel.Nifti1Image(STACK, np.eye(4)), tmp_path / "v.nii")
