@@ -154,6 +154,10 @@ def within(source: S, images: ImagesConfig) -> S:
         setting, kinds = next(iter(missed.items()))
         raise DinoError(f"no images in {source.where}: it holds {unread(kinds)}", f"--set {setting}")
     kept = list(dict.fromkeys(row for row, _ in parts))
+    arrays = {row for row in kept if _is_array(source.names[row])}
+    if isinstance(source, FolderImages) and 0 < len(arrays) < len(kept):  # a setting takes images beside them
+        added.append(f"not read: {len(arrays)} {ARRAY}")
+        parts, kept = [part for part in parts if part[0] not in arrays], [row for row in kept if row not in arrays]
     files: Any = source if len(kept) == len(source) else _keep(source, kept)
     place = {row: i for i, row in enumerate(kept)}
     names, rows = Names.of([name for _, name in parts]), [place[row] for row, _ in parts]
@@ -246,14 +250,13 @@ def image_folder(root: Path, *, held: bool = False) -> Images:
     if not root.is_dir():
         raise DinoError(f"{root} is a file; expected a folder of images", f"name its folder: {root.parent}")
     listing = list_files(root, _is_image)
+    if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
+        listing = list_files(root, _is_array)
     held = held and any(holder_of(f"x{kind}") for kind in listing.kinds)
     if held:
         listing = _with_held(root, listing)
-    if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
-        arrays = list_files(root, _is_array)
-        if not len(arrays.names):
-            raise _no_images(root, listing)
-        listing = arrays
+    if not len(listing.names):
+        raise _no_images(root, listing)
     return _folder(root, listing.names, tuple(_notes(root, listing)), held=held)
 
 

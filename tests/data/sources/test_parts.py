@@ -154,6 +154,21 @@ def test_files_that_no_setting_takes_change_neither_classes_nor_labels(tmp_path:
     assert not [note for note in within(open_source(str(tmp_path)), DEFAULTS).notes if "metadata" in note]
 
 
+def test_arrays_beside_files_that_no_setting_takes_are_images(tmp_path: Path) -> None:
+    for name in ("a/1", "b/2"):
+        (tmp_path / name).parent.mkdir()
+        np.save(tmp_path / name, STACK[0])
+    np.savez(tmp_path / "x.npz", y=STACK)
+    arrays = within(open_source(str(tmp_path)), DEFAULTS)
+    assert isinstance(arrays, Images)
+    assert (list(arrays.names), arrays.classes) == (["a/1.npy", "b/2.npy"], ["a", "b"])
+    assert arrays.notes == ("not read: 1 .npz; --set images.key=NAME reads the rows of that array",)
+    rows = within(open_source(str(tmp_path)), ImagesConfig(channels=1, key="y"))
+    assert isinstance(rows, Images)
+    assert list(rows.names) == [f"x.npz#row={n}" for n in range(3)], "arrays beside images are mostly their features"
+    assert (rows.classes, rows.notes) == ([], ("not read: 2 .npy",))
+
+
 def test_a_folder_of_volumes_alone_needs_the_setting(tmp_path: Path) -> None:
     nibabel = pytest.importorskip("nibabel")
     nibabel.save(nibabel.Nifti1Image(STACK, np.eye(4)), tmp_path / "v.nii")
