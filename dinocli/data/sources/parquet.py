@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 from dinocli.data.sources.indexed import Images, number_classes
-from dinocli.data.sources.listing import SUFFIXES, Names
+from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
+from dinocli.data.sources.outputs import SIGNS, recognise
+from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.regular import Refused
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -126,18 +129,50 @@ class RowGroups:
 
 
 def is_parquet(spec: str) -> bool:
-    """Return whether a source is a Parquet or Arrow file, or a folder with such files and no images beside them."""
+    """Return whether a source is a Parquet or Arrow file, or a folder with such files and no images beside them.
+
+    Beside other files that may hold images, such as arrays and videos, a Parquet file must have a column of images.
+    """
     if not os.path.isdir(spec):
         return spec.lower().endswith((PARQUET, ARROW)) and os.path.isfile(spec)
-    found = False
-    for _, folders, names in os.walk(spec):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
-                return False
-            found = found or suffix in (PARQUET, ARROW)
-    return found
+    found, others = list[str](), False
+    for path in _walk(spec):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in SUFFIXES:
+            return False
+        if _is_table(path):
+            found.append(path)
+        elif not others:
+            name = os.path.basename(path)
+            others = kind_of(name) in ("", ARRAY) or holder_of(name) is not None
+    return any(map(_has_images, found)) if others else bool(found)
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Yield the files below a folder, except hidden ones and outputs of this tool."""
+    for folder, folders, names in os.walk(root):
+        ours = recognise(folder, SIGNS.intersection([*folders, *names]))
+        if ours.whole and folder != root:  # the folder that the user names is read even if it is an output
+            folders.clear()
+            continue
+        shown, folders[:] = (
+            [name for name in some if not (name.startswith(".") or name in JUNK or ours.hides.fullmatch(name))]
+            for some in (names, folders)
+        )
+        yield from (os.path.join(folder, name) for name in shown)
+
+
+def _is_table(path: str) -> bool:
+    # Cache files are other versions of the same rows.
+    return path.lower().endswith((PARQUET, ARROW)) and not os.path.basename(path).startswith("cache-")
+
+
+def _has_images(path: str) -> bool:
+    try:
+        schema = _schema(_open(path))
+        return schema is not None and bool(_image_column(Path(path), schema))
+    except (OSError, ValueError, DinoError):
+        return False
 
 
 def open_parquet(spec: str) -> ParquetImages:
@@ -146,7 +181,7 @@ def open_parquet(spec: str) -> ParquetImages:
     Raises:
         DinoError: If pyarrow is missing, a file is corrupt, or there is no column of images.
     """
-    return _open_files(spec, list(_files(Path(spec))))
+    return _open_files(spec, _files(Path(spec)))
 
 
 def parquet_splits(spec: str) -> dict[str, ParquetImages]:
@@ -161,13 +196,8 @@ def parquet_splits(spec: str) -> dict[str, ParquetImages]:
     return {split: _open_files(f"{spec}/{split}", files) for split, files in parts.items()}
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    found = (file for suffix in (PARQUET, ARROW) for file in path.rglob(f"*{suffix}"))
-    # Cache files are other versions of the same rows.
-    yield from sorted(file for file in found if not file.name.startswith((".", "cache-")))
+def _files(path: Path) -> list[Path]:
+    return sorted(map(Path, filter(_is_table, _walk(str(path))))) if path.is_dir() else [path]
 
 
 def _open_files(where: str, files: Sequence[Path]) -> ParquetImages:
@@ -220,7 +250,7 @@ def _list_file(path: Path) -> _Table:
     """
     try:
         file = _open(str(path))
-        schema = file.schema_arrow if _is_parquet_file(file) else file[0].schema if file else None
+        schema = _schema(file)
         if schema is None:
             raise DinoError(f"{path} has no rows", "remove it, or write it again")
         image, label = _image_column(path, schema), next((name for name in _LABEL if name in schema.names), None)
@@ -273,6 +303,11 @@ def _pyarrow() -> Any:
 
 def _is_parquet_file(file: Any) -> bool:
     return not isinstance(file, list)
+
+
+def _schema(file: Any) -> Any:
+    """Return the schema of a file, or None if it has no record batch."""
+    return file.schema_arrow if _is_parquet_file(file) else file[0].schema if file else None
 
 
 def _read_group(file: Any, number: int, column: str) -> Any:

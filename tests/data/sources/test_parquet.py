@@ -13,6 +13,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources import parquet
 from dinocli.data.sources.open import open_images, splits
+from dinocli.data.sources.outputs import marked
 from dinocli.data.sources.parquet import is_parquet, open_parquet
 from dinocli.data.sources.regular import Refused
 
@@ -168,3 +169,25 @@ def test_a_folder_with_images_is_a_folder_of_images(tmp_path: Path) -> None:
     write_images(tmp_path / "deep", 1)
     assert not is_parquet(str(tmp_path))
     assert len(open_images(str(tmp_path))) == 1
+
+
+def test_outputs_and_junk_beside_the_files_are_neither_images_nor_rows(tmp_path: Path) -> None:
+    parquet_file(tmp_path / "data.parquet", table(rows(b"x")))
+    with marked(tmp_path / "runs" / "a", "pretrain"):
+        write_images(tmp_path / "runs" / "a", 1)
+        parquet_file(tmp_path / "runs" / "a" / "all.parquet", table(rows(b"y", b"z")))
+    write_images(tmp_path / "__MACOSX", 1)
+    source = open_images(str(tmp_path))
+    assert (list(source.names), source.read(0)) == (["data.parquet/0"], b"x")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "1.2.840.1"])
+def test_a_table_of_features_beside_arrays_is_no_set_of_images(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with marked(tmp_path / "features", "extract"):
+        parquet_file(tmp_path / "features" / "all.parquet", pa.table({"path": ["x"], "feature": [[0.5]]}))
+    assert not is_parquet(str(tmp_path))
+    parquet_file(tmp_path / "own.parquet", pa.table({"path": ["x"], "feature": [[0.5]]}))
+    assert not is_parquet(str(tmp_path)), "it has no column of images"
+    parquet_file(tmp_path / "data.parquet", table(rows(b"x")))
+    assert is_parquet(str(tmp_path))
