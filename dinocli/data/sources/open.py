@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from dinocli.data.sources.indexed import Images, folder_classes, number_classes
 from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
-from dinocli.data.sources.lists import LISTS, Entry, read_list
+from dinocli.data.sources.lists import JSON, LISTS, Entry, FileList, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
 from dinocli.data.sources.parts import expand, holder_of
@@ -36,6 +37,7 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")  # tables of an image folder, as for Hugging Face
 TORCHVISION = "torchvision:"
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, except those that stand for bytes of names
 _NAMED = 6  # outputs listed by name in a message
 
 
@@ -187,10 +189,18 @@ def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = Fal
     Raises:
         DinoError: If the set does not exist, a split holds no image, or an image has several labels.
     """
-    if spec.startswith(TORCHVISION) and "/" not in spec:
-        return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
     if spec.startswith(HUB):
         return splits(str(fetch_dataset(spec)))
+    opened = _open_splits(spec)
+    for source in opened.values():
+        if isinstance(source, Images) and not several:
+            refuse_clash(source)
+    return {split: within(source, images) if images else source for split, source in opened.items()}
+
+
+def _open_splits(spec: str) -> dict[str, Source]:
+    if spec.startswith(TORCHVISION) and "/" not in spec:
+        return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
     if is_parquet(spec):
         return dict(parquet_splits(spec))
     if is_archive(spec) or is_remote(spec):
@@ -201,12 +211,8 @@ def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = Fal
     beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
     beside -= set(found.values())
     if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):
-        source = open_source(spec)
-        if isinstance(source, Images) and not several:
-            refuse_clash(source)
-        return {"all": within(source, images) if images else source}
-    opened = {split: open_source(str(path)) for split, path in found.items()}
-    return {split: within(part, images) if images else part for split, part in opened.items()}
+        return {"all": open_source(spec)}
+    return {split: open_source(str(path)) for split, path in found.items()}
 
 
 def refuse_clash(source: Images) -> None:
@@ -270,12 +276,15 @@ def _folder(root: Path, names: Names, notes: tuple[str, ...], *, held: bool = Fa
 def _described(images: Images, table: Path) -> Images:
     """Add the labels and further columns of a folder's `metadata.csv` to its images. Images without a row are kept."""
     try:
-        listed = read_list(table)
+        listed = _read_table(table)
     except DinoError as error:
         return replace(images, notes=(*images.notes, f"not using {table}: {error.message}"))
-    entries = {os.path.normpath(entry.name): entry for entry in listed.entries}
+    merged, clash = _merge_rows(images.root, listed.entries)
+    entries = {os.path.normpath(entry.name): entry for entry in merged}
     rows = [entries.pop(name, None) for name in images.names]
     notes = [*images.notes, *listed.notes]
+    if repeated := len(listed.entries) - len(merged):
+        notes.append(f"{repeated} rows of {table} name an image again: each image counts once")
     if None in rows:
         first = images.names[rows.index(None)]
         notes.append(f"{rows.count(None)} images have no row in {table}, such as {first}; they are read without labels")
@@ -284,7 +293,7 @@ def _described(images: Images, table: Path) -> Images:
     metadata = {
         column: Names.of([row.more[i] if row else "" for row in rows]) for i, column in enumerate(listed.columns)
     }
-    described = replace(images, notes=tuple(notes), metadata=metadata)
+    described = replace(images, notes=tuple(notes), metadata=metadata, clash=clash)
     labels = [row.label if row else "" for row in rows]
     return replace(described, **_label_fields(labels)) if any(labels) else described
 
@@ -384,7 +393,7 @@ def _file_list(path: Path) -> Images:
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    rows, notes, columns = read_list(path)
+    rows, notes, columns = _read_table(path)
     entries, clash = _merge_rows(path.parent, rows)
     if repeated := len(rows) - len(entries):
         notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
@@ -393,6 +402,25 @@ def _file_list(path: Path) -> Images:
     fields = _label_fields([entry.label for entry in entries])
     held = any(holder_of(entry.name) for entry in entries)
     return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata, held=held)
+
+
+def _read_table(path: Path) -> FileList:
+    """Read a list of files, and replace characters of JSON that no file can hold.
+
+    Raises:
+        DinoError: If the list is empty, names no files, or its first file does not exist.
+    """
+    rows, notes, columns = read_list(path)
+    if path.suffix.lower() == JSON:
+        rows = [
+            Entry(_encodable(row.name), _encodable(row.label), row.row, tuple(map(_encodable, row.more)))
+            for row in rows
+        ]
+    return FileList(rows, notes, tuple(map(_encodable, columns)))
+
+
+def _encodable(text: str) -> str:
+    return _LONE.sub("\ufffd", text)
 
 
 def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:

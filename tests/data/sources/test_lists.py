@@ -7,7 +7,7 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.lists import read_list
-from dinocli.data.sources.open import open_source, photos, splits
+from dinocli.data.sources.open import open_images, open_source, photos, splits
 
 FILES = ("a/x.jpg", "a/y.jpg", "a/z w.jpg")
 BOTH = [("a/x.jpg", "cat"), ("a/y.jpg", "dog")]
@@ -184,3 +184,25 @@ def test_metadata_without_labels_keeps_the_classes_of_folders(tmp_path: Path) ->
     assert (source.classes, source.metadata) == (["a"], {})
     assert "not using" in source.notes[-1]
     assert "is not a JSON object" in source.notes[-1]
+
+
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_metadata_with_two_labels_of_an_image_is_refused(tmp_path: Path, folder: str) -> None:
+    rows = "file_name,label\na/x.jpg,cat\na/y.jpg,cat\n./a/x.jpg,dog\n"
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    written(place, "metadata.csv", rows, FILES[:2])
+    with pytest.raises(DinoError, match=r"gives a/x\.jpg the labels cat \(row 2\) and dog \(row 4\)"):
+        splits(str(tmp_path))
+    source = splits(str(tmp_path), several=True)[folder or "all"]
+    assert source.classes == ["cat", "cat;dog"]
+    assert source.notes == (f"1 rows of {place / 'metadata.csv'} name an image again: each image counts once",)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "l.jsonl"])
+def test_half_characters_of_json_are_replaced(tmp_path: Path, name: str) -> None:
+    rows = '{"path": "a/x.jpg", "label": "\\ud83d", "text": "a \\udfffb"}\n{"path": "a/\\ud800.jpg", "label": "x"}\n'
+    written(tmp_path, name, rows, FILES[:1])
+    source = open_images(str(tmp_path if name == "metadata.jsonl" else tmp_path / name))
+    assert source.classes[source.labels[0]] == "\ufffd"
+    assert (source.names[0], source.metadata["text"][0]) == ("a/x.jpg", "a \ufffdb")
