@@ -190,7 +190,7 @@ def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = Fal
         DinoError: If the set does not exist, a split holds no image, or an image has several labels.
     """
     if spec.startswith(HUB):
-        return splits(str(fetch_dataset(spec)))
+        return splits(str(fetch_dataset(spec)), images, several=several)
     opened = _open_splits(spec)
     for source in opened.values():
         if isinstance(source, Images) and not several:

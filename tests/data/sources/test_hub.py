@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 from conftest import write_images
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import open_images
+from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.open import open_images, splits
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,17 @@ def test_a_data_set_is_downloaded_and_read(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(open_images(spec)) == count
     assert asked == [("me/pets", {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns})]
+
+
+def test_splits_take_the_settings_of_images_and_several_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "x.npz", y=np.zeros((2, 8, 8)))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
+    assert list(splits("hf://datasets/me/pets", ImagesConfig(key="y"))["all"].names) == ["x.npz#row=0", "x.npz#row=1"]
+    write_images(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0000.png,cat\n0000.png,dog\n")
+    assert splits("hf://datasets/me/pets", several=True)["all"].classes == ["cat;dog"]
+    with pytest.raises(DinoError, match="the labels cat"):
+        splits("hf://datasets/me/pets")
 
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
