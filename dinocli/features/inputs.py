@@ -24,7 +24,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Source, open_source, within
-from dinocli.data.sources.regular import read_file
+from dinocli.data.sources.parts import expand, read_image
 
 Given = str | os.PathLike[str] | bytes | Image | NDArray[Any] | Tensor
 _EXPECTED = "a path, the bytes of an image file, a Pillow image, an array of numbers, or a uint8 tensor"
@@ -48,7 +48,7 @@ class GivenImages(Images):
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         one = self.given[index]
-        return read_file(Path(one), images) if isinstance(one, str | os.PathLike) else _data(one)
+        return read_image(os.fsdecode(one), images) if isinstance(one, str | os.PathLike) else _data(one)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class DatasetImages(Images):
         item = self.dataset[index]
         one = item[0] if isinstance(item, tuple | list) else item
         _name(one, index)  # refuses what is not an image
-        return read_file(Path(one), images) if isinstance(one, str | os.PathLike) else _data(one)
+        return read_image(os.fsdecode(one), images) if isinstance(one, str | os.PathLike) else _data(one)
 
 
 def given_images(images: Given | Sequence[Given]) -> GivenImages:
@@ -101,7 +101,8 @@ def given_source(
     """Return the source of many images.
 
     Args:
-        images: A place as on the command line, a sequence of images, or a torch data set.
+        images: A place as on the command line, a sequence of images, or a torch data set. The files of a place and
+            of a sequence may hold several images; an item of a data set is one.
         config: Settings that say which files hold several images.
 
     Raises:
@@ -111,7 +112,16 @@ def given_source(
         return within(open_source(os.fspath(images)), config)
     if isinstance(images, Dataset):
         return _of_dataset(images)
-    return given_images(images)
+    return _expand(given_images(images), config)
+
+
+def _expand(source: GivenImages, config: ImagesConfig) -> GivenImages:
+    """Return a source of the single images in the given files. A file that no setting takes stays, to be reported."""
+    rows = [row for row, one in enumerate(source.given) if isinstance(one, str | os.PathLike)]
+    parts: dict[int, list[str]] = {}
+    for at, name in expand("", [source.names[row] for row in rows], config)[0]:
+        parts.setdefault(rows[at], []).append(name)
+    return given_images([one for row, whole in enumerate(source.given) for one in parts.get(row, [whole])])
 
 
 def _of_dataset(dataset: Dataset[Any]) -> DatasetImages:

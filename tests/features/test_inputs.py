@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.features.inputs import given_images, given_pixels, given_source
 
@@ -86,6 +87,23 @@ def test_a_torch_data_set_is_a_source(tmp_path: Path) -> None:
         given_source(Discs([torch.zeros(3, 4, 4)])).read(0)
     with pytest.raises(DinoError, match="the data set Discs is empty"):
         given_source(Discs([]))
+
+
+def test_paths_may_name_pages_and_lists_of_files_are_read_by_pages(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    stack = np.random.default_rng(1).integers(0, 255, (2, 20, 30), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "s.tif", stack, metadata=None, photometric="minisblack")
+    np.savez(tmp_path / "x.npz", y=stack)
+    grey, page = ImagesConfig(channels=1, pages="all"), f"{tmp_path}/s.tif#page=2"
+    assert np.array_equal(given_pixels(page, grey)[..., 0], stack[1])
+    assert np.array_equal(given_pixels(Path(page), grey)[..., 0], stack[1])
+    assert np.array_equal(decode(given_source(Discs([page])).read(0, grey), grey)[..., 0], stack[1])
+    source = given_source([stack[0], tmp_path / "s.tif", f"{tmp_path}/x.npz"], grey)
+    assert list(source.names) == ["input image 0", f"{tmp_path}/s.tif#page=1", page, f"{tmp_path}/x.npz"]
+    for row, expected in ((0, stack[0]), (1, stack[0]), (2, stack[1])):
+        assert np.array_equal(decode(source.read(row, grey), grey)[..., 0], expected)
+    assert isinstance(decode(source.read(3, grey), grey), BadImage), "no setting takes it, and reading gives a reason"
+    assert list(given_source([tmp_path / "s.tif"]).names) == [f"{tmp_path}/s.tif"]
 
 
 def test_a_data_set_without_a_length_is_refused() -> None:
