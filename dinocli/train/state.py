@@ -24,6 +24,7 @@ from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.data.sources.open import Source
+from dinocli.data.sources.parts import part_of
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
@@ -285,7 +286,7 @@ def sample_of(source: Source) -> str:
         piped = any(url.startswith(PIPE) for url in source.urls)
         paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
     elif source.in_files:
-        paths = [os.path.join(source.root, source.names[row]) for row in _spread(len(source))]
+        paths = [_file_of(os.path.join(source.root, source.names[row])) for row in _spread(len(source))]
     else:
         return ""
     with ThreadPoolExecutor(8) as pool:  # for network file systems
@@ -295,6 +296,12 @@ def sample_of(source: Source) -> str:
 def _spread(count: int) -> list[int]:
     """Return all indices below a count, or an evenly spaced sample of them. Saved checksums depend on this rule."""
     return [i * count // min(count, _SAMPLED) for i in range(min(count, _SAMPLED))]
+
+
+def _file_of(path: str) -> str:
+    """Return the file that holds an image; a part of a file, such as a page, has a name of its own."""
+    part = part_of(path)
+    return path if part is None or os.path.exists(path) else part.file
 
 
 def _content(path: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, write_images
@@ -21,11 +22,12 @@ from dinocli.core.checksums import seal
 from dinocli.core.drafts import drafting, sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import held
-from dinocli.data.sources.open import image_folder, open_images
+from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.open import image_folder, open_images, within
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, Saving
 from dinocli.train.pretrain import pretrain
-from dinocli.train.state import newest, sample_of, saved_states
+from dinocli.train.state import newest, other_contents, sample_of, saved_states
 from dinocli.weights.checkpoint import read_weights
 
 
@@ -287,6 +289,19 @@ def test_a_sample_sees_any_change_of_a_file(tmp_path: Path) -> None:
     assert sample_of(source)[16:] == "0" * 8
     pack(image_folder(write_images(tmp_path / "others", 2)), tmp_path / "pixels", pixels=True)
     assert sample_of(open_images(str(tmp_path / "pixels"))) == ""  # the fingerprint of pixels depends on all of them
+
+
+def test_a_sample_sees_a_change_of_a_file_of_several_images(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 1)):
+        np.savez(tmp_path / name, x=np.arange(first, first + 8, dtype=np.uint8).reshape(2, 2, 2))
+    (tmp_path / "b.npz#row=1").write_bytes(b"a file of its own")
+    source = within(open_images(str(tmp_path)), ImagesConfig(key="x"))
+    assert list(source.names) == [f"{name}.npz#row={row}" for name in "ab" for row in (0, 1)]
+    before = [sample_of(source)[i : i + 8] for i in range(0, 32, 8)]
+    assert before[0] == before[1] and len(set(before)) == 3 and "0" * 8 not in before
+    np.savez(tmp_path / "a", x=np.zeros((2, 2, 2), np.uint8))
+    note = other_contents("".join(before), source)
+    assert note == "note: 2 of 4 sampled images have changed since this run began"
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
