@@ -138,12 +138,15 @@ def is_archive(spec: str) -> bool:
 def within(source: S, images: ImagesConfig) -> S:
     """Return a source of the single images in the source's files, such as the pages of a TIFF.
 
-    Call it once the settings are known. Sources other than folders, lists and several of them are returned unchanged.
+    Call it once the settings are known. Only folders, lists and several of them change; a note of any other source
+    names the settings that it ignores.
     Files that the settings do not take are counted in the notes; classes that only they have are dropped.
 
     Raises:
         DinoError: If no image is left.
     """
+    if _reads_first(source):
+        return _note_ignored(source, images)
     if isinstance(source, JoinedImages):
         return cast(S, join_images(source.where, [within(part, images) for part in source.parts], source.shares))
     if type(source) not in (Images, FolderImages) or not isinstance(source, Images):
@@ -166,6 +169,21 @@ def within(source: S, images: ImagesConfig) -> S:
     metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in files.metadata.items()}
     labels, notes = files.labels[rows], (*files.notes, *added)
     return replace(files, names=names, labels=labels, notes=notes, metadata=metadata, held=False)
+
+
+def _reads_first(source: Source) -> bool:
+    """Return whether only the first image of each file is read, whatever the settings are."""
+    if isinstance(source, JoinedImages):
+        return all(map(_reads_first, source.parts))
+    decoded = isinstance(source, PackedImages | TorchvisionImages)
+    return isinstance(source, Shards) or not (source.in_files or decoded)
+
+
+def _note_ignored(source: S, images: ImagesConfig) -> S:
+    values = {"pages": images.pages != "first" and images.pages, "every": images.every, "tile": images.tile}
+    asked = [f"images.{name}={value}" for name, value in (values | {"key": images.key}).items() if value]
+    note = f"ignoring {', '.join(asked)} for {source.where}: only the files of folders and lists are read this way"
+    return source if not asked or note in source.notes else replace(source, notes=(*source.notes, note))
 
 
 def _keep(source: Images, rows: Sequence[int]) -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Images, image_folder, open_source, photos, splits, within
 from dinocli.data.sources.parts import Part, part_of, read_image
 from dinocli.data.sources.regular import Refused
+from dinocli.data.sources.several import open_sources
+from dinocli.data.sources.shards import open_shards
 
 tifffile: Any = pytest.importorskip("tifffile")
 STACK = np.random.default_rng(0).integers(0, 255, (3, 16, 24), dtype=np.uint8)
@@ -227,3 +230,23 @@ def test_rows_of_arrays_and_tiles_are_images(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="damaged: File is not a zip file"):
         rows.read(3, settings)
     assert within(source, DEFAULTS).notes == ("not read: 2 .npz; --set images.key=NAME reads the rows of that array",)
+
+
+def test_sources_other_than_folders_and_lists_name_the_settings_that_they_ignore(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        stacks(tmp_path / "photos" / split)
+    archives = [shutil.make_archive(str(tmp_path / name), "zip", tmp_path / "photos") for name in ("one", "two")]
+    note = "ignoring images.pages=all, images.key=x for {}: only the files of folders and lists are read this way"
+    asked = GREY.model_copy(update={"key": "x"})
+    source = within(open_source(archives[0]), asked)
+    assert (source.count, source.notes) == (6, (note.format(archives[0]),))
+    assert within(source, asked).notes == source.notes, "the note is not repeated"
+    assert within(open_source(archives[0]), DEFAULTS).notes == ()
+    both = within(open_sources(archives), asked)
+    assert both.notes == (note.format(" ".join(archives)),)
+    with_folder = within(open_sources([archives[0], str(tmp_path / "photos")]), asked)
+    assert (with_folder.count, with_folder.notes) == (6 + 12, (note.format(archives[0]),))
+    assert splits(archives[1], asked)["train"].notes == (note.format(f"{archives[1]}/train"),)
+    shutil.make_archive(str(tmp_path / "images-000000"), "tar", tmp_path / "photos" / "train" / "a")
+    shards = within(open_shards(str(tmp_path / "images-000000.tar")), asked)
+    assert (shards.count, shards.notes[-1:]) == (2, (note.format(tmp_path / "images-000000.tar"),))
