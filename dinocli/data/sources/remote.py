@@ -7,7 +7,8 @@ import os
 import random
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import VIDEO
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 from dinocli.data.sources.indexed import Images
-from dinocli.data.sources.listing import KNOWN, cache_folder
+from dinocli.data.sources.listing import KNOWN, Names, cache_folder
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.members import select_images
 from dinocli.data.sources.parquet import ARROW, PARQUET
@@ -39,7 +40,10 @@ _BUDGET = 20 * 2**30  # bytes of the cache
 _SHELVES = 256  # folders of the cache; each keeps its share of the budget, so that a write looks at few files
 # Single files, which are not read from addresses: archives, lists, tables, images, videos.
 _SINGLE = (".tar", ".zip", ".gz", ".tgz", ".zst", ".7z", PARQUET, ARROW, *LISTS, *KNOWN, *VIDEO.suffixes)
-_UNKNOWN = -1  # size of a file whose server does not list it
+_UNKNOWN = -1  # size of a file whose server does not state it
+# Properties that change with the content: checksums first, then numbers and times of the last write.
+_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "LastModified", "last_modified", "Last-Modified")
+_THREADS = 32  # files asked about at once
 T = TypeVar("T")
 
 
@@ -138,11 +142,15 @@ class RemoteImages(Images):
         store: File system.
         keys: Address of each image without its protocol. [S]
         sizes: Size of each image in bytes, as listed; -1 if unknown. [S]
+        versions: Checksum or time of each image, as the server states it; empty if it states none. [S]
+        endpoint: Server or account that the addresses belong to.
     """
 
     store: Store
     keys: list[str]
     sizes: NDArray[np.int64]
+    versions: Names
+    endpoint: str
 
     @property
     def in_files(self) -> bool:
@@ -150,8 +158,9 @@ class RemoteImages(Images):
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of the names, their order, and the sizes."""
-        return f"{zlib.crc32(self.sizes.tobytes(), int(super().fingerprint, 16)):08x}"
+        """Checksum of the names, their order, the sizes, and the versions that the server states."""
+        versions = "\n".join(self.versions).encode()
+        return f"{zlib.crc32(versions, zlib.crc32(self.sizes.tobytes(), int(super().fingerprint, 16))):08x}"
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes:
         """Return the bytes of an image, from the cache if it is there.
@@ -164,7 +173,10 @@ class RemoteImages(Images):
         size, key = int(self.sizes[index]), self.keys[index]
         if size > images.max_megabytes * 1e6:
             raise Refused(f"too large: {megabytes_over(size, images.max_megabytes)}")
-        place = _place(f"{self.store.protocol}://{key} {size}")
+        version = self.versions[index]
+        if not version:  # the image may have changed since it was kept
+            return _download(self.store, key, size, images.max_megabytes)
+        place = _place(f"{self.endpoint} {self.store.protocol}://{key} {size} {version}")
         try:
             data = place.read_bytes()
             if size in (_UNKNOWN, len(data)):
@@ -204,14 +216,43 @@ def open_remote(spec: str) -> RemoteImages:
     if not files:
         raise missing
     keys = list(files)
-    sizes = np.array([_UNKNOWN if files[key].get("size") is None else files[key]["size"] for key in keys], np.int64)
 
     def marker(row: int, most: int) -> bytes:
-        return _download(store, keys[row], int(sizes[row]), most / 1e6)
+        return _download(store, keys[row], _size(files[keys[row]]), most / 1e6)
 
     rows, names, classes, labels, notes = select_images(spec, [key.removeprefix(base) for key in keys], marker)
     chosen = [keys[row] for row in rows.tolist()]
-    return RemoteImages(spec, Path(spec), names, classes, labels, store, chosen, sizes[rows], notes=notes)
+    if web:  # a page of links states neither sizes nor versions
+        with ThreadPoolExecutor(_THREADS) as pool:
+            files = dict(zip(chosen, pool.map(lambda key: _ask(store, key), chosen), strict=True))
+    sizes = np.array([_size(files[key]) for key in chosen], np.int64)
+    versions = Names.of([_version(files[key]) for key in chosen])
+    fields = names, classes, labels, store, chosen, sizes, versions, _endpoint(store.files)
+    return RemoteImages(spec, Path(spec), *fields, notes=notes)
+
+
+def _ask(store: Store, key: str) -> Mapping[str, Any]:
+    """Return what the server states about a file; nothing if it does not exist, which reading it reports."""
+    try:
+        return store.retry(lambda: store.files.info(key), key)
+    except FileNotFoundError:
+        return {}
+
+
+def _size(about: Mapping[str, Any]) -> int:
+    return _UNKNOWN if about.get("size") is None else int(about["size"])
+
+
+def _version(about: Mapping[str, Any]) -> str:
+    return next((f"{name} {about[name]}" for name in _VERSIONS if about.get(name)), "")
+
+
+def _endpoint(files: Any) -> str:
+    """Return the server or account of a file system: buckets of different ones may have the same name."""
+    if client := getattr(files, "s3", None):
+        return str(client.meta.endpoint_url)
+    # Attributes of gcsfs (base) and adlfs; the addresses of HTTP are complete.
+    return " ".join(str(getattr(files, name, None)) for name in ("base", "account_url", "account_name"))
 
 
 def _download(store: Store, key: str, size: int, most: float) -> bytes:

@@ -113,6 +113,30 @@ def test_a_folder_over_http(web: tuple[str, dict[str, list[str]], Path], tmp_pat
         source.read(0, ImagesConfig(max_megabytes=1e-5))
 
 
+def test_a_replaced_file_over_http_is_read_anew(web: tuple[str, dict[str, list[str]], Path], tmp_path: Path) -> None:
+    address, _, folder = web
+    before = open_images(address)
+    assert before.read(0) == (folder / "cat" / "0000.png").read_bytes()
+    file = folder / "cat" / "0000.png"
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, (1e9, 1e9))  # HTTP states times in whole seconds
+    after = open_images(address)
+    assert after.read(0) == file.read_bytes()
+    assert after.fingerprint != before.fingerprint
+    assert open_images(address).fingerprint == after.fingerprint
+
+
+def test_without_a_version_nothing_is_kept(
+    web: tuple[str, dict[str, list[str]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "date_time_string", lambda self, timestamp=None: "")
+    address, _, folder = web
+    for name in ("0000.png", "0001.png"):
+        (folder / "cat" / "0000.png").write_bytes((folder / "dog" / name).read_bytes())
+        assert open_images(address).read(0) == (folder / "dog" / name).read_bytes()
+    assert not cached(tmp_path)
+
+
 def test_errors_over_http(web: tuple[str, dict[str, list[str]], Path]) -> None:
     address, _, _ = web
     with pytest.raises(DinoError, match="does not exist or is empty"):
@@ -267,6 +291,30 @@ def test_an_object_that_changed_is_named(bucket: Bucket, tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError):
         source.read(2)
     assert not cached(tmp_path)
+
+
+def test_a_replaced_object_of_the_same_size_is_read_anew(bucket: Bucket) -> None:
+    sources = []
+    for digit in (b"1", b"2"):
+        bucket.files.pipe_file("photos/e/x.jpg", digit * 100)
+        sources.append(open_images("s3://photos/e"))
+        assert sources[-1].read(0) == digit * 100
+    assert sources[0].fingerprint != sources[1].fingerprint
+
+
+def test_the_same_name_at_another_endpoint_is_another_object(
+    bucket: Bucket, moto: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.files.pipe_file("photos/f/x.jpg", b"1" * 100)
+    one = open_images("s3://photos/f")
+    one.read(0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{moto}")
+    other = open_images("s3://photos/f")
+    assert isinstance(one, RemoteImages) and isinstance(other, RemoteImages)
+    assert (one.endpoint, other.endpoint) == (bucket.address, f"http://127.0.0.1:{moto}")
+    bucket.asked.clear()
+    assert other.read(0) == one.read(0)
+    assert not bucket.asked  # `one` from the cache, `other` from its own endpoint
 
 
 def test_errors_of_s3_are_one_line(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
