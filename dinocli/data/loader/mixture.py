@@ -31,19 +31,20 @@ def epoch_order(
         seed: Seed of the order.
         epoch: Index of the epoch.
         blocks: Ends of runs of rows that are read together, and number of runs to shuffle together: then runs come in
-            random order, and so do the rows of so many consecutive runs. If None, all rows are shuffled.
+            random order, and so do the rows of so many consecutive runs. Runs of one row come at any place between
+            them. A run is of one source. If None, all rows are shuffled.
     """
-    if blocks and not mixture:
-        return _block_order(*blocks, np.random.default_rng((seed, epoch, _ORDER))), np.full(images, epoch, np.int64)
+    ends, together = blocks or (np.arange(1, images + 1), 1)
     if not mixture:
-        return np.random.default_rng((seed, epoch, _ORDER)).permutation(images), np.full(images, epoch, np.int64)
+        return _shuffle(ends, together, np.random.default_rng((seed, epoch, _ORDER))), np.full(images, epoch, np.int64)
     drawn, passes, keys = list[Rows](), list[Rows](), list[NDArray[np.float64]]()
     counts = _apportion(images, [share for _, share in mixture])
     for source, ((rows, _), count) in enumerate(zip(mixture, counts, strict=True)):
         first = epoch * count
         before = np.arange(first, first + count) // len(rows)
+        inside = ends[(ends > rows.start) & (ends <= rows.stop)] - rows.start
         shuffled = [
-            np.random.default_rng((seed, number, _ORDER - 1 - source)).permutation(len(rows))
+            _shuffle(inside, together, np.random.default_rng((seed, number, _ORDER - 1 - source)))
             for number in range(first // len(rows), -(-(first + count) // len(rows)))
         ]
         begin = first % len(rows)
@@ -56,11 +57,20 @@ def epoch_order(
     return np.concatenate(drawn)[order], np.concatenate(passes)[order]
 
 
-def _block_order(ends: NDArray[np.int64], together: int, generator: np.random.Generator) -> Rows:
-    runs = [np.arange(start, end) for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
-    order = generator.permutation(len(runs)).tolist()
-    windows = [np.concatenate([runs[i] for i in order[at : at + together]]) for at in range(0, len(order), together)]
-    return np.concatenate([generator.permutation(window) for window in windows])
+def _shuffle(ends: NDArray[np.int64], together: int, generator: np.random.Generator) -> Rows:
+    starts = np.append(0, ends[:-1])
+    alone = ends - starts == 1
+    runs = [np.arange(*run) for run in generator.permutation(np.stack([starts, ends], 1)[~alone]).tolist()]
+    windows = [np.concatenate(runs[at : at + together]) for at in range(0, len(runs), together)]
+    grouped = [generator.permutation(window) for window in windows]
+    single = generator.permutation(starts[alone])
+    if not grouped:
+        return single
+    # Rows of a source without runs are spread evenly over the epoch, and do not cut the runs' order.
+    found = np.empty(ends[-1], np.int64)
+    places = generator.permutation(len(found)) < len(single)
+    found[places], found[~places] = single, np.concatenate(grouped)
+    return found
 
 
 def _apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -133,6 +133,15 @@ class TakenImages(Images):
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.source.read(int(self.rows[index]), images)
 
+    @property
+    def blocks(self) -> tuple[NDArray[np.int64], int] | None:
+        """Runs of the source without the other images; None if the order of the images interrupts a run."""
+        if (blocks := self.source.blocks) is None:
+            return None
+        runs = np.searchsorted(blocks[0], self.rows, "right")
+        ends = np.flatnonzero(np.diff(runs, append=-1)) + 1
+        return (ends, blocks[1]) if len(ends) == len(np.unique(runs)) else None
+
 
 def number_classes(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
     """Return the sorted class names and each image's index in them; if all names are numbers, sort by number."""

@@ -50,6 +50,18 @@ class JoinedImages(Images):
     def mixture(self) -> list[tuple[range, float]]:
         return [(self._range(part), share) for part, share in enumerate(self.shares or ())]
 
+    @property
+    def blocks(self) -> tuple[NDArray[np.int64], int] | None:
+        """Runs of all parts. Each image of a part without runs is a run of its own."""
+        parts = [part.blocks for part in self.parts]
+        if not any(parts):
+            return None
+        ends = [
+            self._range(part).start + (blocks[0] if blocks else np.arange(1, len(self.parts[part]) + 1))
+            for part, blocks in enumerate(parts)
+        ]
+        return np.concatenate(ends), min(blocks[1] for blocks in parts if blocks)
+
     def peers(self, index: int) -> range:
         return self._range(int(np.searchsorted(self.ends, index, "right"))) if self.shares else range(len(self))
 

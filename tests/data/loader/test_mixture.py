@@ -54,3 +54,26 @@ def test_runs_of_rows_are_read_together() -> None:
     assert [len(window) for window in windows] == [2] * 5  # so that a worker holds two runs at a time
     assert len(set(np.diff(groups[:20]).tolist())) > 2  # and draws from both
     assert epoch_order(100, [], 0, 3, (ends, 2))[0].tolist() != rows.tolist()
+
+
+def test_runs_of_one_row_are_spread_between_the_others() -> None:
+    ends = np.concatenate([np.arange(10, 101, 10), np.arange(101, 301)])
+    rows, _ = epoch_order(300, [], 0, 0, (ends, 2))
+    assert sorted(rows.tolist()) == list(range(300))
+    grouped = rows[rows < 100] // 10
+    assert [len(set(grouped[at : at + 20].tolist())) for at in range(0, 100, 20)] == [2] * 5
+    assert np.abs(np.cumsum(rows >= 100) - np.arange(1, 301) * 2 / 3).max() < 30
+    assert np.bincount(rows[rows >= 100][:100] // 50, minlength=6)[2:].min() > 10  # single rows come in any order
+
+
+def test_a_mixture_reads_the_runs_of_a_source_together() -> None:
+    # Source one has ten runs of five rows, source two has 950 single rows.
+    blocks = np.concatenate([np.arange(5, 51, 5), np.arange(51, 1001)]), 2
+    drawn = [epoch_order(1000, PARTS, 0, epoch, blocks) for epoch in range(4)]
+    rows, passes = np.concatenate([r for r, _ in drawn]), np.concatenate([p for _, p in drawn])
+    assert len({*zip(rows.tolist(), passes.tolist(), strict=True)}) == 4000
+    first = np.cumsum(drawn[1][0] < 50)
+    assert np.abs(first - 0.7 * np.arange(1, 1001)).max() <= 2
+    small = rows[rows < 50] // 5  # 56 passes of 50 rows
+    assert {len(set(small[at : at + 10].tolist())) for at in range(0, 2800, 10)} == {2}
+    assert sorted(rows[(passes == 0) & (rows >= 50)].tolist()) == list(range(50, 1000))

@@ -11,11 +11,13 @@ from conftest import write_images
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
+from dinocli.data.loader.mixture import epoch_order
 from dinocli.data.sources import parquet
 from dinocli.data.sources.open import open_images, splits
 from dinocli.data.sources.outputs import marked
 from dinocli.data.sources.parquet import is_parquet, open_parquet
 from dinocli.data.sources.regular import Refused
+from dinocli.data.sources.several import open_sources
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -144,6 +146,39 @@ def test_memory_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(source.sizes[group] for group in source.groups._kept) <= 5000
     ends, together = source.blocks
     assert (ends.tolist(), together) == (list(range(2, 21, 2)), 1)
+
+
+def test_an_epoch_reads_each_row_group_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_KEPT", 50_000)  # four groups
+    counts = {"a": 60, "b": 40}
+    for seed, (name, count) in enumerate(counts.items()):
+        contents = [np.random.default_rng((seed, i)).bytes(1000) for i in range(count)]
+        parquet_file(tmp_path / f"{name}.parquet", table(rows(*contents)), group=10)
+    write_images(tmp_path / "c", 30)
+    a, b, c = (str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c"))
+    reads = list[str]()
+    read = parquet._read_group
+    monkeypatch.setattr(parquet, "_read_group", lambda *of: reads.append("") or read(*of))
+
+    def reads_of(source: Any) -> int:
+        reads.clear()
+        for row in epoch_order(len(source), source.mixture, 0, 0, source.blocks)[0].tolist():
+            source.read(row)
+        return len(reads)
+
+    assert reads_of(open_sources([a])) == 6
+    assert reads_of(open_sources([a, b])) == 10
+    assert reads_of(open_sources([a, c, b])) == 10
+    assert reads_of(open_sources([a]).take(np.arange(0, 60, 2))) == 6
+    assert reads_of(open_sources([f"{a}:0.6", f"{b}:0.2", f"{c}:0.2"])) <= 6 * 2 + 4  # 78 draws of a's 60 images
+
+
+def test_taken_images_keep_the_runs_that_their_order_allows(tmp_path: Path) -> None:
+    source = open_parquet(str(parquet_file(tmp_path / "x.parquet", table(rows(*CONTENTS)))))  # groups of 2, 2 and 1
+    blocks = source.take(np.array([0, 2, 3, 3])).blocks
+    assert blocks is not None
+    assert blocks[0].tolist() == [1, 4]
+    assert source.take(np.array([0, 2, 1])).blocks is None
 
 
 def test_splits_by_file_names_and_folders(tmp_path: Path) -> None:
