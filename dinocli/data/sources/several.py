@@ -40,6 +40,8 @@ def open_sources(specs: Sequence[str]) -> Source:
         return _mix(specs, places, [weight or 0 for weight in weights])
     if any(weights):
         bare = places[weights.index(None)]
+        if bare.startswith(PIPE):
+            raise _refuse_stream(bare)
         raise DinoError(f"{bare} has no weight, but other sources have one", f"add one, such as {bare}:1")
     expanded = list(dict.fromkeys(path for place in places for path in expand(place)))
     if len(expanded) == 1 and not _is_photo(expanded[0]):
@@ -53,12 +55,13 @@ def open_sources(specs: Sequence[str]) -> Source:
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
-    """Split `PLACE:WEIGHT`; the weight is None if there is none.
+    """Split `PLACE:WEIGHT`; the weight is None if there is none. A pipe has none.
 
     Raises:
         DinoError: If the weight is 0.
     """
-    found = None if os.path.exists(spec) else _WEIGHT.fullmatch(spec)
+    # The end of a command may look like a weight: `--endpoint-url http://localhost:9000`.
+    found = None if spec.startswith(PIPE) or os.path.exists(spec) else _WEIGHT.fullmatch(spec)
     if not found:
         return spec, None
     if not float(found[2]):
@@ -98,8 +101,11 @@ def _indexed(source: Source) -> Images:
     if isinstance(source, Images):
         return source
     if any(url.startswith(PIPE) for url in source.urls):
-        raise DinoError(
-            f"{source.where} is a stream; sources that are joined need random access",
-            "name local tar files, or the pipe alone",
-        )
+        raise _refuse_stream(source.where)
     return join_images(source.where, [list_tar(Path(url)) for url in source.urls])
+
+
+def _refuse_stream(where: str) -> DinoError:
+    return DinoError(
+        f"{where} is a stream; sources that are joined need random access", "name local tar files, or the pipe alone"
+    )

@@ -34,6 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("https://host:8080", ("https://host:8080", None)),
         ("https://host:8080/x:2", ("https://host:8080/x", 2)),
         ("x:1", ("x:1", None)),  # a file of this name exists
+        ("pipe:aws --endpoint-url http://h:9000", ("pipe:aws --endpoint-url http://h:9000", None)),
     ],
 )
 def test_weights(here: Path, spec: str, expected: tuple[str, float | None]) -> None:
@@ -69,6 +70,7 @@ def test_shares(here: Path) -> None:
         (["a", "gone"], "gone does not exist"),
         (["gone-*"], r"nothing matches the pattern gone-\*"),
         (["a", "pipe:cat x.tar"], "pipe:cat x.tar is a stream"),
+        (["a:1", "pipe:cat x.tar:1"], "pipe:cat x.tar:1 is a stream"),
     ],
 )
 def test_errors(here: Path, specs: list[str], message: str) -> None:
