@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,17 @@ import numpy as np
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.joined import join_images
-from dinocli.data.sources.listing import SUFFIXES, Names
+from dinocli.data.sources.listing import JUNK, SUFFIXES, Names
 from dinocli.data.sources.open import Source, is_archive, open_source
+from dinocli.data.sources.outputs import SIGNS, Ours, is_output, is_sheet, recognise
+from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards, open_shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.data.sources.tar_files import list_tar
 
 # A number at the end, but not the port of an address.
 _WEIGHT = re.compile(r"(?!\w+://[^/]*$)(.+):(\d+\.?\d*|\.\d+)")
+_NAMED = 6  # outputs listed by name in a note
 
 
 def open_sources(specs: Sequence[str]) -> Source:
@@ -43,7 +48,16 @@ def open_sources(specs: Sequence[str]) -> Source:
         if bare.startswith(PIPE):
             raise _refuse_stream(bare)
         raise DinoError(f"{bare} has no weight, but other sources have one", f"add one, such as {bare}:1")
-    expanded = list(dict.fromkeys(path for place in places for path in expand(place)))
+    ours = list[str]()
+    expanded = list(dict.fromkeys(path for place in places for path in expand(place, ours)))
+    opened = _open_expanded(shlex.join(specs), expanded)
+    if not ours:
+        return opened
+    named = ", ".join([*ours[:_NAMED], *([f"{len(ours) - _NAMED} more"] if ours[_NAMED:] else [])])
+    return replace(opened, notes=(*opened.notes, f"ignoring {named}: written by dino"))
+
+
+def _open_expanded(where: str, expanded: Sequence[str]) -> Source:
     if len(expanded) == 1 and not _is_photo(expanded[0]):
         return open_source(expanded[0])
     if all(is_shards(path) and not is_archive(path) for path in expanded):
@@ -51,7 +65,7 @@ def open_sources(specs: Sequence[str]) -> Source:
     files = [path for path in expanded if _is_photo(path)]
     loose = [Images("image files", Path(), Names.of(files), [], np.full(len(files), -1, np.int32))] if files else []
     opened = [_indexed(open_source(path)) for path in expanded if not _is_photo(path)]
-    return join_images(shlex.join(specs), [*loose, *opened])
+    return join_images(where, [*loose, *opened])
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -69,8 +83,14 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     return found[1], float(found[2])
 
 
-def expand(place: str) -> list[str]:
+def expand(place: str, ours: list[str]) -> list[str]:
     """Return the paths that match a pattern, sorted, or the place itself if it is no pattern or one of tar shards.
+
+    As in a folder, outputs of this tool are ignored.
+
+    Args:
+        place: Path, address or pattern.
+        ours: List to which the outputs that match are added; folders end with a slash.
 
     Raises:
         DinoError: If nothing matches.
@@ -81,7 +101,46 @@ def expand(place: str) -> list[str]:
     found = sorted(glob.glob(place, recursive=True))
     if not found:
         raise DinoError(f"nothing matches the pattern {place}; expected images", "check the pattern with `ls`")
-    return found
+    base = os.path.dirname(place)
+    while glob.has_magic(base):
+        base = os.path.dirname(base)
+    outputs = _outputs(base, found)
+    ours += dict.fromkeys(filter(None, outputs.values()))
+    kept = [path for path, output in outputs.items() if not output and JUNK.isdisjoint(path[len(base) :].split(os.sep))]
+    if not kept:
+        raise DinoError(
+            f"the pattern {place} matches only outputs of dino, such as {ours[-1] if ours else found[0]}",
+            "name a folder of outputs itself to read its pictures",
+        )
+    return kept
+
+
+def _outputs(base: str, paths: Sequence[str]) -> dict[str, str]:
+    """Return the output that each path below a folder belongs to; empty if none. The folder itself is no output."""
+
+    @cache
+    def recognised(folder: str) -> Ours:
+        return recognise(folder, SIGNS.intersection(os.listdir(folder or ".")))
+
+    @cache
+    def output(path: str) -> str:
+        folder, name = os.path.split(path)
+        if path in (base, folder):
+            return ""
+        if above := output(folder):
+            return above
+        if recognised(folder).hides.fullmatch(name) or is_sheet(folder, name):
+            return path
+        return f"{path}/" if os.path.isdir(path) and recognised(path).whole else ""
+
+    def match(path: str) -> str:
+        if not os.path.isdir(path):
+            return output(path)
+        if is_shards(path) or is_pixels(path):  # packed images are written to be read
+            return ""
+        return output(path) or (f"{path.rstrip(os.sep)}/" if path.rstrip(os.sep) != base and is_output(path) else "")
+
+    return {path: match(path) for path in paths}
 
 
 def _is_photo(path: str) -> bool:

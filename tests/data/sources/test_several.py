@@ -9,6 +9,7 @@ from test_tar_files import tarred
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.outputs import marked
 from dinocli.data.sources.several import open_sources, split_weight
 from dinocli.data.sources.shards import Shards
 
@@ -55,6 +56,27 @@ def test_all_images_of_folders_archives_patterns_and_files(here: Path) -> None:
     ]
     assert source.read(3) == Path("a/0000.png").read_bytes()
     assert list(open_sources(["c-*/*.png"]).names) == ["c-1/0000.png", "c-1/0001.png"]
+
+
+def test_a_pattern_ignores_outputs_as_its_folder_does(here: Path) -> None:
+    write_images(here / "g" / "cat", 2)
+    write_images(here / "g" / "@eaDir", 1)
+    for folder, name in (("g/attention", "heads/1.png"), ("g/cat", "sheet.png"), ("g", "search.png")):
+        path = Path(folder) / name
+        with marked(Path(folder), "attn-map", [path]):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(Path("a/0000.png").read_bytes())
+    source = open_sources(["g/*", "a"])
+    assert list(source.names) == ["g/cat/0000.png", "g/cat/0001.png", "a/0000.png", "a/0001.png"]
+    assert "ignoring g/attention/, g/search.png: written by dino" in source.notes
+    source = open_sources(["g/**/*.png"])
+    assert list(source.names) == ["g/cat/0000.png", "g/cat/0001.png"]
+    assert source.notes == ("ignoring g/attention/, g/cat/sheet.png, g/search.png: written by dino",)
+    assert list(open_sources(["g/attention/*/*"]).names) == ["g/attention/heads/1.png"], (
+        "the folder that is named is read"
+    )
+    with pytest.raises(DinoError, match=r"the pattern g/at\* matches only outputs of dino, such as g/attention/"):
+        open_sources(["g/at*"])
 
 
 def test_shares(here: Path) -> None:
