@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import HOLDERS
 from dinocli.data.sources.indexed import folder_classes
-from dinocli.data.sources.kinds import kind_of, not_beside, remedy, unread
+from dinocli.data.sources.kinds import kind_of, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
 from dinocli.data.sources.outputs import MARKER, Ours, parse_marker
 
+_REMEDY = "slices, frames and tiles are read from local folders: unpack or copy the files"
 _LARGEST_MARKER = 2**20  # bytes; a longer file of this name is not ours
 
 
@@ -71,7 +73,8 @@ def select_images(where: str, members: Sequence[str], read: Callable[[int, int],
             kinds[kind_of(file)] += 1
     paths = sorted(chosen["image"] or chosen["array"])
     if not paths:
-        raise DinoError(f"no images in {where}: it holds {unread(kinds) or 'nothing'}", remedy(where, kinds, {}))
+        hint = _REMEDY if _held(kinds) else remedy(where, kinds, {})
+        raise DinoError(f"no images in {where}: it holds {unread(kinds) or 'nothing'}", hint)
     if not chosen["image"]:
         del kinds[ARRAY]
     first, final = (path.split("/")[:-1] for path in (paths[0], paths[-1]))  # sorted: all others lie between
@@ -109,5 +112,12 @@ def _notes(where: str, ours: Sequence[str], kinds: Counter[str]) -> Iterator[str
     if ours:
         more = f" and {len(ours) - 3} more" if ours[3:] else ""
         yield f"ignoring {', '.join(ours[:3])}{more} in {where}: written by dino"
-    if missed := not_beside(kinds):
-        yield f"not read in {where}: {unread(missed)}"
+    held = _held(kinds)
+    yield from notes_of({kind: count for kind, count in kinds.items() if kind not in held}, f"not read in {where}")
+    if held:
+        yield f"not read in {where}: {unread(held)}; {_REMEDY}"
+
+
+def _held(kinds: Counter[str]) -> dict[str, int]:
+    """Return the kinds of files with several images, of which no extra reads members."""
+    return {kind: count for kind, count in kinds.items() if any(kind in extra.suffixes for extra in HOLDERS)}

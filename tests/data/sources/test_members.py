@@ -5,6 +5,8 @@ import json
 import pytest
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import Extra
+from dinocli.data.sources.listing import PLAIN
 from dinocli.data.sources.members import select_images
 
 WHOLE = json.dumps({"written by dino": "x", "files": None}).encode()
@@ -46,12 +48,28 @@ def test_the_last_of_two_members_with_a_name_counts() -> None:
 
 
 def test_other_files_are_counted() -> None:
-    found = selected(["a/1.jpg", "a/2.heic", "a/3.heic", "b/film.mp4", "b/x.npy"])
-    assert found.notes == ("not read in x.zip: 2 .heic, 1 .mp4, 1 .npy",)
-    with pytest.raises(DinoError, match=r"no images in x\.zip: it holds 2 \.heic, 1 \.txt"):
-        selected(["2.heic", "3.heic", "n.txt"])
+    found = selected(["a/1.jpg", "b/film.mp4", "b/x.npy", "b/y.psd", "notes.txt"])
+    assert found.notes == (
+        "not read in x.zip: 1 .npy, 1 .psd",
+        "not read in x.zip: 1 .mp4; slices, frames and tiles are read from local folders: unpack or copy the files",
+    )
+    with pytest.raises(DinoError, match=r"no images in x\.zip: it holds 2 \.psd, 1 \.txt"):
+        selected(["2.psd", "3.psd", "n.txt"])
     with pytest.raises(DinoError, match="it holds nothing"):
         selected(["folder/"])
+
+
+def test_the_package_that_would_read_other_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Extra, "installed", False)
+    monkeypatch.setattr("dinocli.data.sources.members.SUFFIXES", PLAIN)
+    found = selected(["a/1.jpg", "a/2.heic", "a/3.heic", "a/4.psd"])
+    assert found.notes == (
+        "not read in x.zip: 2 .heic; pip install 'dinocli[heic]' reads them",
+        "not read in x.zip: 1 .psd",
+    )
+    with pytest.raises(DinoError, match=r"it holds 1 \.nii\.gz") as error:
+        selected(["a.nii.gz"])
+    assert "unpack or copy the files" in error.value.hint, "packages read slices in local folders only"
 
 
 def test_outputs_of_this_tool_are_ignored_by_their_marker() -> None:
