@@ -38,6 +38,7 @@ class Listed:
     held: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     clash: str = ""
+    in_files: bool = True
 
     @property
     def where(self) -> str:

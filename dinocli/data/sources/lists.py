@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.listing import KNOWN
+from dinocli.data.decode.extras import HOLDERS
+from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.listing import ARRAY, KNOWN
 from dinocli.data.sources.parts import part_of
 
 JSON = ".jsonl"
@@ -35,7 +37,8 @@ _LABELS = (
 )
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
 # A path up to the last image suffix that spaces follow, and the rest of the line.
-_SUFFIX = rf"(?:{'|'.join(map(re.escape, sorted(KNOWN)))}|\.npy)(?:#\w+=[\w.,]+)?"
+_SUFFIXES = KNOWN.union({ARRAY, ".npz"}, *(extra.suffixes for extra in HOLDERS))
+_SUFFIX = rf"(?:{'|'.join(map(re.escape, sorted(_SUFFIXES)))})(?:#\w+=[\w.,]+)?"
 _SPACED = re.compile(rf"(.*{_SUFFIX})[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _QUOTES = "\"'"
@@ -277,7 +280,7 @@ _DELIMITED = re.compile(_SPACED.pattern.replace(r"[ \t]+", r"[\"']?[ \t]*[,;][ \
 
 
 def _split(line: str) -> tuple[str, str]:
-    if os.path.splitext(_unquote(line))[1].lower() in KNOWN:
+    if kind_of(_unquote(line)) in _SUFFIXES:
         return line, ""
     found = _DELIMITED.fullmatch(line) or _SPACED.fullmatch(line)
     return (found[1], found[2]) if found else (line, "")
@@ -324,7 +327,7 @@ def _convention(rows: Sequence[_Row], folder: Path) -> Callable[[str], str]:
 
 
 def _is_name(cell: str) -> bool:
-    return os.path.splitext(_unquote(cell))[1].lower() in KNOWN or "/" in cell or "\\" in cell
+    return kind_of(_unquote(cell)) in _SUFFIXES or "/" in cell or "\\" in cell
 
 
 def _suggest_move(name: str) -> str:

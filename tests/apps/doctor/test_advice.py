@@ -311,7 +311,9 @@ def test_each_recommended_command_starts_the_advised_plan(
     dino, verb, where, *words = shlex.split(command)
     assert (dino, verb, where) == ("dino", "pretrain", "./my images")
     plans: list[planning.Plan] = []
-    source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0", "notes": ()})()
+    source = type(
+        "Source", (), {"count": facts.count, "where": where, "fingerprint": "0", "notes": (), "in_files": True}
+    )()
     monkeypatch.setattr(several, "open_sources", lambda specs: source)
     monkeypatch.setattr(
         costs, "estimate", lambda plan: plans.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)

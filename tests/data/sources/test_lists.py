@@ -206,3 +206,12 @@ def test_half_characters_of_json_are_replaced(tmp_path: Path, name: str) -> None
     source = open_images(str(tmp_path if name == "metadata.jsonl" else tmp_path / name))
     assert source.classes[source.labels[0]] == "\ufffd"
     assert (source.names[0], source.metadata["text"][0]) == ("a/x.jpg", "a \ufffdb")
+
+
+@pytest.mark.parametrize("name", ["v.nii.gz", "my film.mp4", "x.NPZ", "a.npy", "s.svs"])
+def test_files_of_several_images_have_labels(tmp_path: Path, name: str) -> None:
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / name).touch()
+    (tmp_path / "list.txt").write_text(f"n/{name} cat\nn/gone.nii big dog\n")
+    entries = read_list(tmp_path / "list.txt").entries
+    assert [(entry.name, entry.label) for entry in entries] == [(f"n/{name}", "cat"), ("n/gone.nii", "big dog")]
