@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,18 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
 
 
 def images_places(context: typer.Context, value: list[str]) -> list[str]:
-    """Check that arguments name images, as `images_place` does; patterns and, of several, image files are valid too."""
+    """Check that arguments name images, as `images_place` does.
+
+    Patterns, files of several images such as volumes and videos and, of several arguments, image files are valid too.
+    """
+    from dinocli.data.sources.parts import holder_of
     from dinocli.data.sources.several import split_weight
     from dinocli.weights.identify import kind_of
 
     for each in [] if context.resilient_parsing else value:
         place, _ = split_weight(each)
+        if os.path.isfile(place) and holder_of(place):
+            continue
         if kind_of(place) not in ("pattern", "image" if len(value) > 1 else "pattern"):
             _check_images(words_of(context), place)
     return value

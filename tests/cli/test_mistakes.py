@@ -28,7 +28,7 @@ def here(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
     for folder in ("feats", "other"):
         (tmp_path / folder).mkdir()
         save_file({"values": np.zeros(1)}, tmp_path / folder / "all.safetensors", {"dinocli": "features"})
-    for name in ("pics.zip", "pics.7z", "film.mp4", "net.onnx", "notes.txt", "mask.png"):
+    for name in ("pics.zip", "pics.7z", "film.mp4", "net.onnx", "notes.txt", "rows.npz", "mask.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     return dino
@@ -69,6 +69,7 @@ WORDS = [
     ("pretrain img gone", "gone does not exist", "check the path"),
     ("pretrain img 'gone-*'", "nothing matches the pattern gone-*", "check the pattern"),
     ("pretrain img:0.5 cls", "cls has no weight, but other sources have one", "add one, such as cls:1"),
+    ("pretrain rows.npz", "no images in rows.npz: it holds 1 .npz", "--set images.key=NAME reads the rows of that array"),
     ("pretrain img/0000.png", "img/0000.png is an image; expected images", "dino pretrain img"),
     ("extract img/*.JPG", "img/*.JPG is a pattern that matches no file", "dino extract img"),
     ("attn-map *.JPG", "*.JPG is a pattern", "dino attn-map ."),

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import extra_for
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.joined import join_images
-from dinocli.data.sources.listing import JUNK, SUFFIXES, Names
+from dinocli.data.sources.kinds import kind_of
+from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
 from dinocli.data.sources.open import Source, is_archive, open_source
 from dinocli.data.sources.outputs import SIGNS, Ours, is_output, is_sheet, recognise
+from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards, open_shards
 from dinocli.data.sources.tar import PIPE
@@ -33,9 +36,9 @@ def open_sources(specs: Sequence[str]) -> Source:
     """Open one or several sources as one.
 
     Args:
-        specs: Sources as for `open_source`, patterns (`photos/2024-*`), and image files. With a weight after each,
-            `A:0.7 B:0.3`, an epoch has as many images as all sources together, in these proportions. Without weights,
-            it has each image once.
+        specs: Sources as for `open_source`, patterns (`photos/2024-*`), and image files, also of several images.
+            With a weight after each, `A:0.7 B:0.3`, an epoch has as many images as all sources together, in these
+            proportions. Without weights, it has each image once.
 
     Raises:
         DinoError: If a source does not exist or holds no image, or only some have a weight.
@@ -58,12 +61,16 @@ def open_sources(specs: Sequence[str]) -> Source:
 
 
 def _open_expanded(where: str, expanded: Sequence[str]) -> Source:
+    for path in expanded:
+        _refuse_missing_extra(path)
     if len(expanded) == 1 and not _is_photo(expanded[0]):
         return open_source(expanded[0])
     if all(is_shards(path) and not is_archive(path) for path in expanded):
         return open_shards(*expanded)
     files = [path for path in expanded if _is_photo(path)]
-    loose = [Images("image files", Path(), Names.of(files), [], np.full(len(files), -1, np.int32))] if files else []
+    labels, held = np.full(len(files), -1, np.int32), any(holder_of(path) for path in files)
+    title = files[0] if len(files) == 1 else "image files"
+    loose = [Images(title, Path(), Names.of(files), [], labels, held=held)] if files else []
     opened = [_indexed(open_source(path)) for path in expanded if not _is_photo(path)]
     return join_images(where, [*loose, *opened])
 
@@ -112,7 +119,9 @@ def expand(place: str, ours: list[str]) -> list[str]:
             f"the pattern {place} matches only outputs of dino, such as {ours[-1] if ours else found[0]}",
             "name a folder of outputs itself to read its pictures",
         )
-    return kept
+    # As in a folder, arrays next to images are mostly their features, masks or labels.
+    images = [path for path in kept if not path.lower().endswith(ARRAY)]
+    return kept if place.lower().endswith(ARRAY) or not any(map(_is_photo, images)) else images
 
 
 def _outputs(base: str, paths: Sequence[str]) -> dict[str, str]:
@@ -144,7 +153,15 @@ def _outputs(base: str, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _is_photo(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in SUFFIXES and os.path.isfile(path)
+    """Return whether a path is a file of one image or, with the right setting, of several."""
+    known = os.path.splitext(path)[1].lower() in {*SUFFIXES, ARRAY}
+    return (known or holder_of(path) is not None) and os.path.isfile(path)
+
+
+def _refuse_missing_extra(path: str) -> None:
+    extra = extra_for(kind_of(os.path.basename(path)))
+    if extra and not extra.installed and os.path.isfile(path):
+        raise DinoError(f"{path} needs the package {extra.package}, which is not installed", extra.pip)
 
 
 def _mix(specs: Sequence[str], places: Sequence[str], weights: Sequence[float]) -> Images:

@@ -3,12 +3,16 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
 from test_tar_files import tarred
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import Extra
+from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import within
 from dinocli.data.sources.outputs import marked
 from dinocli.data.sources.several import open_sources, split_weight
 from dinocli.data.sources.shards import Shards
@@ -56,6 +60,36 @@ def test_all_images_of_folders_archives_patterns_and_files(here: Path) -> None:
     ]
     assert source.read(3) == Path("a/0000.png").read_bytes()
     assert list(open_sources(["c-*/*.png"]).names) == ["c-1/0000.png", "c-1/0001.png"]
+
+
+def test_files_of_several_images(here: Path) -> None:
+    for name in ("p/x.npz", "p/y.npz", "z.npz"):
+        Path(name).parent.mkdir(exist_ok=True)
+        np.savez(name, images=np.zeros((2, 8, 8), np.uint8))
+    settings = ImagesConfig(key="images")
+    single = open_sources(["z.npz"])
+    assert list(within(single, settings).names) == ["z.npz#row=0", "z.npz#row=1"]
+    rows = [f"p/{name}.npz#row={row}" for name in "xy" for row in (0, 1)]
+    assert list(within(open_sources(["p/*.npz", "a"]), settings).names) == [*rows, "a/0000.png", "a/0001.png"]
+    assert within(open_sources(["z.npz:1", "a:1"]), settings).mixture == [(range(2), 0.5), (range(2, 4), 0.5)]
+    with pytest.raises(DinoError, match=r"no images in z\.npz: it holds 1 \.npz") as error:
+        within(single, ImagesConfig())
+    assert "--set images.key=NAME" in error.value.hint
+
+
+def test_arrays_next_to_images_count_only_if_they_are_named(here: Path) -> None:
+    np.save("a/mask.npy", np.zeros((8, 8), np.uint8))
+    assert list(open_sources(["a/*"]).names) == ["a/0000.png", "a/0001.png"]
+    assert list(open_sources(["a/*.npy"]).names) == ["a/mask.npy"]
+    assert list(open_sources(["a/0000.png", "a/mask.npy"]).names) == ["a/0000.png", "a/mask.npy"]
+
+
+def test_the_package_that_reads_a_file_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Extra, "installed", False)
+    Path("v.nii.gz").touch()
+    with pytest.raises(DinoError, match=r"v\.nii\.gz needs the package nibabel") as error:
+        open_sources(["v.nii.gz"])
+    assert error.value.hint == "pip install 'dinocli[medical]'"
 
 
 def test_a_pattern_ignores_outputs_as_its_folder_does(here: Path) -> None:
