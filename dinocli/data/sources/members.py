@@ -119,5 +119,5 @@ def _notes(where: str, ours: Sequence[str], kinds: Counter[str]) -> Iterator[str
 
 
 def _held(kinds: Counter[str]) -> dict[str, int]:
-    """Return the kinds of files with several images, of which no extra reads members."""
+    """Return the kinds of files with several images; no extra reads these inside an archive."""
     return {kind: count for kind, count in kinds.items() if any(kind in extra.suffixes for extra in HOLDERS)}

@@ -48,6 +48,9 @@ def open_sources(specs: Sequence[str]) -> Source:
         return _mix(specs, places, [weight or 0 for weight in weights])
     if any(weights):
         bare = places[weights.index(None)]
+        place, _, typed = bare.rpartition(":")
+        if place and os.path.exists(place):
+            raise DinoError(f"the weight {typed!r} of {place} is not a number", f"{place}:0.7")
         if bare.startswith(PIPE):
             raise _refuse_stream(bare)
         raise DinoError(f"{bare} has no weight, but other sources have one", f"add one, such as {bare}:1")

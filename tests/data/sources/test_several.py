@@ -122,6 +122,7 @@ def test_shares(here: Path) -> None:
     ("specs", "message"),
     [
         (["a:0.5", "b"], "b has no weight, but other sources have one"),
+        (["a:x", "b:0.5"], "the weight 'x' of a is not a number"),
         (["a:0", "b:1"], "a:0 has the weight 0"),
         (["a", "gone"], "gone does not exist"),
         (["gone-*"], r"nothing matches the pattern gone-\*"),
