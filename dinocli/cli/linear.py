@@ -257,7 +257,7 @@ def _train_on_images(
         )
     provenance = Provenance(encoder.source, encoder.fingerprint, tokens, blocks, size, data)
     provenance = replace(provenance, run=encoder.run, step=encoder.step)
-    return _Trained(probe, None, probe.predictions, parts["train"].classes, provenance)
+    return _Trained(probe, None, probe.predictions, train.classes, provenance)
 
 
 def _print_probe(result: LinearResult, source: str) -> None:

@@ -138,20 +138,19 @@ def is_archive(spec: str) -> bool:
 def within(source: S, images: ImagesConfig) -> S:
     """Return a source of the single images in the source's files, such as the pages of a TIFF.
 
-    Call it once the settings are known. Only folders, lists and several of them change; a note of any other source
-    names the settings that it ignores.
-    Files that the settings do not take are counted in the notes; classes that only they have are dropped.
+    Call it once the settings are known. Only folders, lists and several of them change. Files that the settings do not
+    take are counted in the notes; classes that only they have are dropped. A note names the settings that another
+    source ignores.
 
     Raises:
         DinoError: If no image is left.
     """
-    if _reads_first(source):
-        return _note_ignored(source, images)
+    if (asked := _settings(images)) and _reads_first(source):
+        note = f"ignoring {', '.join(asked)} for {source.where}: only the files of folders and lists are read this way"
+        return source if note in source.notes else replace(source, notes=(*source.notes, note))
     if isinstance(source, JoinedImages):
         return cast(S, join_images(source.where, [within(part, images) for part in source.parts], source.shares))
-    if type(source) not in (Images, FolderImages) or not isinstance(source, Images):
-        return source
-    if not (source.held or images.pages != "first" or images.tile):
+    if not isinstance(source, Images) or type(source) not in (Images, FolderImages) or not (source.held or asked):
         return source
     parts, missed = expand(source.root, source.names, images)
     added: list[str] = [f"not read: {unread(kinds)}; --set {setting}" for setting, kinds in missed.items()]
@@ -171,19 +170,18 @@ def within(source: S, images: ImagesConfig) -> S:
     return replace(files, names=names, labels=labels, notes=notes, metadata=metadata, held=False)
 
 
+def _settings(images: ImagesConfig) -> list[str]:
+    """Return the settings that take several images of a file, as `images.key=value`."""
+    values = {"pages": images.pages != "first" and images.pages, "every": images.every, "tile": images.tile}
+    return [f"images.{name}={value}" for name, value in (values | {"key": images.key}).items() if value]
+
+
 def _reads_first(source: Source) -> bool:
     """Return whether only the first image of each file is read, whatever the settings are."""
     if isinstance(source, JoinedImages):
         return all(map(_reads_first, source.parts))
     decoded = isinstance(source, PackedImages | TorchvisionImages)
     return isinstance(source, Shards) or not (source.in_files or decoded)
-
-
-def _note_ignored(source: S, images: ImagesConfig) -> S:
-    values = {"pages": images.pages != "first" and images.pages, "every": images.every, "tile": images.tile}
-    asked = [f"images.{name}={value}" for name, value in (values | {"key": images.key}).items() if value]
-    note = f"ignoring {', '.join(asked)} for {source.where}: only the files of folders and lists are read this way"
-    return source if not asked or note in source.notes else replace(source, notes=(*source.notes, note))
 
 
 def _keep(source: Images, rows: Sequence[int]) -> Images:
