@@ -37,7 +37,10 @@ def test_a_saved_classifier_gives_the_predictions_of_the_evaluation(
     learned: Dino, tmp_path: Path, words: list[str]
 ) -> None:
     done = learned(*words, "--save", "--predictions", "test.csv")
-    assert done.stderr.splitlines()[-1] == "results saved to classifier.safetensors, test.csv, test-confusion.png"
+    assert done.stderr.splitlines()[-2:] == [
+        "results saved to classifier.safetensors, test.csv, test-confusion.png",
+        "next: dino classify IMAGES --with classifier.safetensors",
+    ]
     assert "expected calibration error" in done.stderr
     assert "most often mistaken for" in done.stdout
     assert Image.open("test-confusion.png").width > 300
