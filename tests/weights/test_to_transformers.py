@@ -116,7 +116,7 @@ def test_the_processor_prepares_photos_as_extract_does(tmp_path: Path, size: int
 def test_networks_that_transformers_lacks_are_refused(tmp_path: Path, changes: list[str], what: str) -> None:
     with pytest.raises(DinoError, match=what) as error:
         export(str(write_run(tmp_path, *changes)), "transformers", tmp_path / "out")
-    assert error.value.hint.startswith(("--to timm", "dino export --to onnx"))
+    assert error.value.hint.startswith(("--to timm", "export the same checkpoint with --to onnx"))
     assert not (tmp_path / "out").exists()
 
 
