@@ -160,11 +160,11 @@ def finetune(
     from dinocli.train.prepare import prepare
 
     asked = load_preset(preset, [*(overrides or []), *given])
-    console.notes(note for part in opened.values() for note in within(part, asked.images).notes)
+    opened = {split: within(part, asked.images) for split, part in opened.items()}
+    console.notes(note for part in opened.values() for note in part.notes)
     task = open_task(
-        data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=asked.training.seed,
-        images=asked.images,
-    )  # fmt: skip
+        data, opened, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=asked.training.seed
+    )
     console.notes(task.notes)
     start = starting_point(source, overrides)
     chosen = recipe(start, load_preset(preset), task, batch_size, train)

@@ -39,9 +39,9 @@ def images_places(context: typer.Context, value: list[str]) -> list[str]:
 
     for each in [] if context.resilient_parsing else value:
         place, _ = split_weight(each)
-        if os.path.isfile(place) and holder_of(place):
-            continue
-        if kind_of(place) not in ("pattern", "image" if len(value) > 1 else "pattern"):
+        kind = kind_of(place)
+        holds = os.path.isfile(place) and holder_of(place)
+        if not holds and kind != "pattern" and not (kind == "image" and len(value) > 1):
             _check_images(words_of(context), place)
     return value
 

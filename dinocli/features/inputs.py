@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class GivenImages(Images):
 
     given: Sequence[Given] = ()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Checksum of the names and of all images that are not paths."""
         total = int(super().fingerprint, 16)
@@ -47,8 +48,7 @@ class GivenImages(Images):
         return f"{total:08x}"
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
-        one = self.given[index]
-        return read_image(os.fsdecode(one), images) if isinstance(one, str | os.PathLike) else _data(one)
+        return _read(self.given[index], images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class DatasetImages(Images):
         item = self.dataset[index]
         one = item[0] if isinstance(item, tuple | list) else item
         _name(one, index)  # refuses what is not an image
-        return read_image(os.fsdecode(one), images) if isinstance(one, str | os.PathLike) else _data(one)
+        return _read(one, images)
 
 
 def given_images(images: Given | Sequence[Given]) -> GivenImages:
@@ -163,6 +163,10 @@ def unreadable(name: str, reason: str) -> DinoError:
         if folder
         else "check that image, or remove it",
     )
+
+
+def _read(one: Any, images: ImagesConfig) -> Data:
+    return read_image(os.fsdecode(one), images) if isinstance(one, str | os.PathLike) else _data(one)
 
 
 def _data(one: Any) -> bytes | Image:

@@ -15,7 +15,6 @@ from dinocli.core.atomic import atomic
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
-from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import Source, splits
@@ -62,29 +61,29 @@ class Task:
 
 def open_task(
     spec: str,
+    parts: Mapping[str, Source] | None = None,
     *,
     held_out: float,
     few_shot: int | None,
     balanced: bool,
     several: bool,
     seed: int,
-    images: ImagesConfig = DEFAULTS,
 ) -> Task:
     """Open labelled images and split off a part of the training images, the same share of every class.
 
     Args:
         spec: Source with class folders, or a list with labels; with `train` and `val` splits, or without.
+        parts: Opened splits of `spec`. If None, they are opened here.
         held_out: Share of the training images to hold out. Classes of fewer than 4 images keep all.
         few_shot: Number of training images per class, chosen at random before the rest is held out. If None, all.
         balanced: If True, images of smaller classes repeat until all classes have as many.
         several: If True, labels are lists of classes, separated by `;` or `|`, and rows of the same image add up.
         seed: Seed of the chosen and of the held-out images.
-        images: Settings that say which files hold several images.
 
     Raises:
         DinoError: If the images have no labels or fewer than two classes, or an option does not fit them.
     """
-    parts = splits(spec, images, several=several)
+    parts = parts or splits(spec, several=several)
     name = next((split for split in ("train", "all") if split in parts), None)
     if name is None:
         raise DinoError(f"{spec} has no training split; it has {', '.join(parts)}", f"name the folder: {spec}/train")

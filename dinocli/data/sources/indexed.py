@@ -109,6 +109,15 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
+class StoredImages(Images):
+    """Images that are no files of their own, such as those of an archive; a subclass reads them."""
+
+    @property
+    def in_files(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
 class TakenImages(Images):
     """Some of the images of a source.
 
@@ -149,6 +158,14 @@ def number_classes(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]
     classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
     place = {name: i for i, name in enumerate(classes)}
     return classes, np.array([place[label] for label in labels], dtype=np.int32)
+
+
+def number_labels(labels: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
+    """Return the classes of labels as `number_classes` does, and each image's index in them: -1 without a label."""
+    classes, found = number_classes([label for label in labels if label is not None])
+    numbers = np.full(len(labels), -1, dtype=np.int32)
+    numbers[[i for i, label in enumerate(labels) if label is not None]] = found
+    return classes, numbers
 
 
 def folder_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:

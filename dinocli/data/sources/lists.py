@@ -41,6 +41,7 @@ _SUFFIXES = KNOWN.union({ARRAY, ".npz"}, *(extra.suffixes for extra in HOLDERS))
 _SUFFIX = rf"(?:{'|'.join(map(re.escape, sorted(_SUFFIXES)))})(?:#\w+=[\w.,]+)?"
 _SPACED = re.compile(rf"(.*{_SUFFIX})[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, except those that stand for bytes of names
 _QUOTES = "\"'"
 
 
@@ -156,7 +157,7 @@ def _objects(lines: list[str], path: Path, columns: list[str]) -> Iterator[_Row]
             value = None
         if not isinstance(value, dict):
             raise DinoError(f"line {row} of {path} is not a JSON object", 'write {"path": "a.jpg", "label": "cat"}')
-        rows.append(({key: _text_of(item) for key, item in value.items()}, row))
+        rows.append(({_encodable(key): _encodable(_text_of(item)) for key, item in value.items()}, row))
     keys = list(dict.fromkeys(key for values, _ in rows for key in values))
     head = _header(keys)
     at, label = _column(head, _PATHS), _column(head, _LABELS)
@@ -169,6 +170,11 @@ def _objects(lines: list[str], path: Path, columns: list[str]) -> Iterator[_Row]
     for values, row in rows:
         cells = [values.get(key, "") for key in keys]
         yield _Row((_cell(cells, at), _cell(cells, label), *(values.get(key, "") for key in columns)), row)
+
+
+def _encodable(text: str) -> str:
+    """Replace characters that JSON can state and no file can hold."""
+    return _LONE.sub("\ufffd", text)
 
 
 def _text_of(value: object) -> str:

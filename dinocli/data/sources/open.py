@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from dinocli.data.decode.extras import MEDICAL
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
-from dinocli.data.sources.indexed import Images, folder_classes, number_classes
+from dinocli.data.sources.indexed import Images, StoredImages, folder_classes, number_labels
 from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
-from dinocli.data.sources.lists import JSON, LISTS, Entry, FileList, read_list
+from dinocli.data.sources.lists import LISTS, Entry, FileList, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
 from dinocli.data.sources.parts import expand, holder_of
@@ -37,33 +36,24 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")  # tables of an image folder, as for Hugging Face
 TORCHVISION = "torchvision:"
-_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, except those that stand for bytes of names
 _NAMED = 6  # outputs listed by name in a message
 
 
 @dataclass(frozen=True, eq=False)
-class TorchvisionImages(Images):
+class TorchvisionImages(StoredImages):
     """Images of a torchvision data set, which returns them decoded."""
 
     dataset: Any = None
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.dataset[index][0]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedImages(Images):
+class PackedImages(StoredImages):
     """Images that `dino pack --pixels` decoded."""
 
     pixels: PixelShards
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     @property
     def fingerprint(self) -> str:
@@ -292,15 +282,12 @@ def _folder(root: Path, names: Names, notes: tuple[str, ...], *, held: bool = Fa
 def _described(images: Images, table: Path) -> Images:
     """Add the labels and further columns of a folder's `metadata.csv` to its images. Images without a row are kept."""
     try:
-        listed = _read_table(table)
+        listed, clash = _read_merged(table, images.root)
     except DinoError as error:
         return replace(images, notes=(*images.notes, f"not using {table}: {error.message}"))
-    merged, clash = _merge_rows(images.root, listed.entries)
-    entries = {os.path.normpath(entry.name): entry for entry in merged}
+    entries = {os.path.normpath(entry.name): entry for entry in listed.entries}
     rows = [entries.pop(name, None) for name in images.names]
     notes = [*images.notes, *listed.notes]
-    if repeated := len(listed.entries) - len(merged):
-        notes.append(f"{repeated} rows of {table} name an image again: each image counts once")
     if None in rows:
         first = images.names[rows.index(None)]
         notes.append(f"{rows.count(None)} images have no row in {table}, such as {first}; they are read without labels")
@@ -409,10 +396,7 @@ def _file_list(path: Path) -> Images:
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    rows, notes, columns = _read_table(path)
-    entries, clash = _merge_rows(path.parent, rows)
-    if repeated := len(rows) - len(entries):
-        notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
+    (entries, notes, columns), clash = _read_merged(path, path.parent)
     names = Names.of([entry.name for entry in entries])
     metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
     fields = _label_fields([entry.label for entry in entries])
@@ -420,23 +404,21 @@ def _file_list(path: Path) -> Images:
     return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata, held=held)
 
 
-def _read_table(path: Path) -> FileList:
-    """Read a list of files, and replace characters of JSON that no file can hold.
+def _read_merged(path: Path, folder: Path) -> tuple[FileList, str]:
+    """Read a list of files with one row per image, and return it with the first clash of labels, in words.
+
+    Args:
+        path: List.
+        folder: Folder that its paths are relative to.
 
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
     rows, notes, columns = read_list(path)
-    if path.suffix.lower() == JSON:
-        rows = [
-            Entry(_encodable(row.name), _encodable(row.label), row.row, tuple(map(_encodable, row.more)))
-            for row in rows
-        ]
-    return FileList(rows, notes, tuple(map(_encodable, columns)))
-
-
-def _encodable(text: str) -> str:
-    return _LONE.sub("\ufffd", text)
+    entries, clash = _merge_rows(folder, rows)
+    if repeated := len(rows) - len(entries):
+        notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
+    return FileList(entries, notes, columns), clash
 
 
 def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
@@ -461,9 +443,7 @@ def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
 
 def _label_fields(labels: Sequence[str]) -> dict[str, Any]:
     """Return `classes` and `labels` of `Images`; an empty text is no label."""
-    classes, found = number_classes([label for label in labels if label])
-    numbers = np.full(len(labels), -1, dtype=np.int32)
-    numbers[[i for i, label in enumerate(labels) if label]] = found
+    classes, numbers = number_labels([label or None for label in labels])
     return {"classes": classes, "labels": numbers}
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
-from dinocli.data.sources.indexed import Images, number_classes
+from dinocli.data.sources.indexed import StoredImages, number_labels
 from dinocli.data.sources.kinds import kind_of
 from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
 from dinocli.data.sources.outputs import SIGNS, recognise
@@ -42,7 +42,7 @@ class _Table(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetImages(Images):
+class ParquetImages(StoredImages):
     """Images in the rows of Parquet or Arrow files.
 
     Attributes:
@@ -54,10 +54,6 @@ class ParquetImages(Images):
     groups: RowGroups
     ends: NDArray[np.int64]
     sizes: NDArray[np.int64]
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     @property
     def fingerprint(self) -> str:
@@ -216,9 +212,7 @@ def _open_files(where: str, files: Sequence[Path]) -> ParquetImages:
                 f"the images of {where} are not in it: its rows have only paths",
                 "name the folder of the image files, or write the set with their bytes (datasets: save_to_disk)",
             )
-    classes, numbers = number_classes([label for label in labels if label is not None])
-    indexes = np.full(len(labels), -1, np.int32)
-    indexes[[i for i, label in enumerate(labels) if label is not None]] = numbers
+    classes, indexes = number_labels(labels)
     if known and set(classes) <= set(known):  # keeps the order of the data set
         place: dict[str | None, int] = {name: number for number, name in enumerate(known)}
         classes, indexes = known, np.array([place.get(label, -1) for label in labels], np.int32)

@@ -20,7 +20,7 @@ from dinocli.core.atomic import atomic
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import VIDEO
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
-from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.indexed import StoredImages
 from dinocli.data.sources.listing import KNOWN, Names, cache_folder
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.members import select_images
@@ -135,7 +135,7 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class RemoteImages(Images):
+class RemoteImages(StoredImages):
     """Images in a remote folder.
 
     Attributes:
@@ -151,10 +151,6 @@ class RemoteImages(Images):
     sizes: NDArray[np.int64]
     versions: Names
     endpoint: str
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     @property
     def fingerprint(self) -> str:

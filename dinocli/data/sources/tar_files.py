@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.indexed import StoredImages
 from dinocli.data.sources.listing import SUFFIXES
 from dinocli.data.sources.members import select_images
 from dinocli.data.sources.regular import Refused, read_span
@@ -25,7 +25,7 @@ _SHARD = re.compile(r"(?<!\d)0\d+$")
 
 
 @dataclass(frozen=True, eq=False)
-class TarImages(Images):
+class TarImages(StoredImages):
     """Images in a tar file.
 
     Attributes:
@@ -37,10 +37,6 @@ class TarImages(Images):
     table: NDArray[np.int64]
     sparse: dict[int, Sparse]
     labelled: bool
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     @property
     def fingerprint(self) -> str:

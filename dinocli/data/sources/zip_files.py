@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
-from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.indexed import StoredImages
 from dinocli.data.sources.members import select_images
 from dinocli.data.sources.regular import Refused, read_span
 
@@ -26,7 +26,7 @@ _LARGEST_RATIO, _HARMLESS = 500, 10**9  # real size per size in the archive, abo
 
 
 @dataclass(frozen=True, eq=False)
-class ZipImages(Images):
+class ZipImages(StoredImages):
     """Images in a ZIP archive.
 
     Attributes:
@@ -34,10 +34,6 @@ class ZipImages(Images):
     """
 
     table: NDArray[np.int64]
-
-    @property
-    def in_files(self) -> bool:
-        return False
 
     @property
     def fingerprint(self) -> str:
