@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from dinocli.data.views.crops import resize_for
 from dinocli.features.encoder import Encoder
 from dinocli.models.positions import Positions
 from dinocli.models.transformer import RotaryBackbone, ViTBackbone
+from dinocli.weights.graphs import Loaded
 from dinocli.weights.released import rename
 
 TRANSFORMERS_FILES = {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -62,8 +63,6 @@ _ROTARY = (
     (r"\.mlp\.fc1(?:_x)?\.", ".mlp.up_proj."),
     (r"\.mlp\.fc2\.", ".mlp.down_proj."),
 )
-
-Loaded = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -867,7 +867,7 @@ def test_a_single_process_command_refuses_several_processes(dino: Dino, monkeypa
 def test_training_commands_of_one_process_refuse_the_variables_of_several(
     dino: Dino, address: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """They would train on a part of each batch, and every process would write the same files."""
+    """Each process would train alone on part of the batch and write to the same files as the others."""
     for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | address).items():
         monkeypatch.setenv(name, value)
     left: list[int] = []

@@ -88,7 +88,7 @@ def test_notes_name_what_differs_in_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "rows"), [(56, 0), (48, 1)], ids=["even", "odd"])
 def test_the_processor_prepares_photos_as_extract_does(tmp_path: Path, size: int, rows: int) -> None:
-    """Of 55 rows and 73 columns for a crop of 48, the two libraries round the 3.5 rows above it differently."""
+    """A crop of 48 from 55 rows leaves a margin of 3.5, which the two libraries round differently."""
     views = (f"views.{crop}.size={size}" for crop in ("global_1", "global_2"))
     source = write_run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", *views, DINOV2[0].replace("48", str(size)))
     export(str(source), "transformers", tmp_path / "out")
