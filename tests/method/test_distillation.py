@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PRECISIONS, Original, assert_original
+from conftest import PRECISIONS, TOLERANCE, Original, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.loader.batch import Batch
@@ -131,10 +131,23 @@ def assert_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
             for key, expected in to_our_keys(stored.below(f"train/{case}/after{step + 1}/{name}/")).items():
                 # The exact gradient of the keys' bias is zero, so Adam's steps for it come from rounding errors.
                 compared = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
-                assert_original(weights[key][compared], expected[compared], f"{name} {key} after step {step}")
+                assert_weights(weights[key][compared], expected[compared], f"{name} {key} after step {step}")
         if f"train/{case}/after{step + 1}/center" in stored.tensors:
             center = stored[f"train/{case}/after{step + 1}/center"][0]
             assert_original(method.losses["dino"].targets.center, center, f"center after step {step}")
+
+
+def assert_weights(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """Equal to the original's after a step of AdamW.
+
+    AdamW divides by the size of a gradient, so the rounding error of one that nearly vanishes moves its weight by up to
+    the rate, whichever CPU rounds. A few weights of float32 may therefore differ by more than their precision.
+    """
+    if ours.dtype == torch.float64:
+        assert_original(ours, theirs, what)
+    else:
+        error, scale = (x.square().mean().sqrt() for x in (ours - theirs, theirs))
+        assert error <= TOLERANCE[ours.dtype] * (1 + scale), f"{what}: {error}"
 
 
 @PRECISIONS
