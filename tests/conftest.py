@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,23 @@ def original() -> Original:
 def more() -> Original:
     """The larger set: weights after every step, a run in float32, one without clipping and kept norms."""
     return Original("dino_fixtures_micro")
+
+
+@pytest.fixture(scope="session")
+def tests_so_far() -> Iterator[int]:
+    return itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def little_to_collect(tests_so_far: Iterator[int]) -> None:
+    """Hide what is alive from garbage collection, with which a run starts: torch and pytest hold a million objects.
+
+    What has become garbage meanwhile is collected once in a while.
+    """
+    if next(tests_so_far) % 100 == 0:
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -164,13 +164,15 @@ def collect_on_request() -> Iterator[Callable[[], object]]:
 
     A step makes little garbage, and a search for it stalls the device.
     """
-    was = gc.isenabled()
+    was, of_caller = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()  # later collections ignore networks and libraries
+    if not of_caller:
+        gc.freeze()  # later collections ignore networks and libraries
     gc.disable()
     try:
         yield gc.collect
     finally:
-        gc.unfreeze()
+        if not of_caller:  # what a caller has frozen stays frozen
+            gc.unfreeze()
         if was:
             gc.enable()

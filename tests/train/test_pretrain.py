@@ -148,11 +148,19 @@ def test_garbage_is_collected_only_at_logged_steps(plan: Plan, monkeypatch: pyte
     def report(progress: Progress) -> None:
         enabled.append(gc.isenabled())
 
+    gc.unfreeze()
     assert gc.isenabled()
     pretrain(plan, report)
     assert enabled == [False, False], "one per logged step"
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_what_a_caller_hid_from_garbage_collection_stays_hidden(plan: Plan) -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    pretrain(plan, lambda p: None)
+    assert frozen / 2 < gc.get_freeze_count() <= frozen
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
