@@ -17,7 +17,7 @@ from conftest import write_images
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources import remote
+from dinocli.data.sources import store
 from dinocli.data.sources.open import open_images, open_source, splits
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote import RemoteImages, is_remote
@@ -28,7 +28,7 @@ fsspec = pytest.importorskip("fsspec")
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    monkeypatch.setattr(store, "_PAUSE", 0.01)
 
 
 def cached(folder: Path) -> list[Path]:
@@ -146,14 +146,14 @@ def test_errors_over_http(web: tuple[str, dict[str, list[str]], Path]) -> None:
 
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_SHELVES", 1)
-    monkeypatch.setattr(remote, "_BUDGET", 2500)
-    places = [remote._place(f"s3://b/{i}.jpg 1000") for i in range(5)]
+    monkeypatch.setattr(store, "_SHELVES", 1)
+    monkeypatch.setattr(store, "_BUDGET", 2500)
+    places = [store.place_of(f"s3://b/{i}.jpg 1000") for i in range(5)]
     for number, place in enumerate(places):
-        remote._keep(place, bytes(1000))
+        store.keep(place, bytes(1000))
         os.utime(place, ns=(number, number))
         assert place.exists()
-    remote._keep(tmp_path / "large", bytes(3000))
+    store.keep(tmp_path / "large", bytes(3000))
     assert cached(tmp_path) == [path for path in cached(tmp_path) if path in places[-2:]]
     assert len(cached(tmp_path)) == 2
 
