@@ -26,7 +26,7 @@ from dinocli.core.version import __version__
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.parts import part_of
 from dinocli.data.sources.shards import Shards
-from dinocli.data.sources.tar import PIPE
+from dinocli.data.sources.tar import PIPE, is_address
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset
@@ -279,12 +279,12 @@ class StateStore:
 def sample_of(source: Source) -> str:
     """Return checksums of up to 200 image files or shards, eight hexadecimal digits each.
 
-    The result is empty for pipes and for images that have no file of their own; the fingerprint of archives and packed
-    pixels depends on their contents already.
+    The result is empty for pipes and for images that have no file of their own; the fingerprint of archives, packed
+    pixels and shards at addresses depends on their contents already.
     """
     if isinstance(source, Shards):
-        piped = any(url.startswith(PIPE) for url in source.urls)
-        paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
+        streamed = any(url.startswith(PIPE) or is_address(url) for url in source.urls)
+        paths = [] if streamed else [source.urls[i] for i in _spread(len(source.urls))]
     elif source.in_files:
         paths = [_file_of(os.path.join(source.root, source.names[row])) for row in _spread(len(source))]
     else:

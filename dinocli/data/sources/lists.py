@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ _SPACED = re.compile(rf"(.*{_SUFFIX})[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, except those that stand for bytes of names
 _QUOTES = "\"'"
+IsFile = Callable[[str], bool]
 
 
 class Entry(NamedTuple):
@@ -87,33 +89,48 @@ def read_list(path: Path) -> FileList:
         DinoError: If the list is empty, no column holds paths, or the first file does not exist.
     """
     try:
-        text = _decode(path.read_bytes(), path.parent).removeprefix("\ufeff")
+        data = path.read_bytes()
     except OSError as error:
         raise DinoError(
             f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
         ) from error
+    return parse_list(data, str(path), partial(_is_file, path.parent))
+
+
+def parse_list(data: bytes, where: str, is_file: IsFile) -> FileList:
+    """Parse a list as `read_list` does.
+
+    Args:
+        data: Bytes of the list.
+        where: Path or address of the list.
+        is_file: Function that checks if a name, relative to the list's folder, is a file.
+
+    Raises:
+        DinoError: If the list is empty, no column holds paths, or the first file does not exist.
+    """
+    text, suffix = _decode(data, is_file).removeprefix("\ufeff"), os.path.splitext(where)[1].lower()
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if path.suffix.lower() == ".txt":
+    if suffix == ".txt":
         lines = ["" if line.startswith("#") else line for line in lines]  # blank, to keep row numbers
     notes, columns = list[str](), list[str]()
-    found = _objects(lines, path, columns) if path.suffix.lower() == JSON else _rows(lines, path, notes, columns)
+    found = _objects(lines, where, columns) if suffix == JSON else _rows(lines, where, is_file, notes, columns)
     rows = [row for row in found if any(cell.strip() for cell in row.cells)]
     if not rows:
         raise DinoError(
-            f"{path} is empty; expected a list of files", "write one path per line, relative to the list's folder"
+            f"{where} is empty; expected a list of files", "write one path per line, relative to the list's folder"
         )
     named, unnamed = list[Entry](), list[Entry]()
-    convert = _convention(rows, path.parent)
+    convert = _convention(rows, is_file)
     for cells, row in rows:
         name, label, *more = cells if len(cells) > 1 else (*cells, "")
         (named if name.strip() else unnamed).append(Entry(convert(name), _unquote(label), row, tuple(more)))
-    if not named or not _is_file(path.parent, named[0].name):
+    if not named or not is_file(named[0].name):
         first = named[0].name if named else ""
         raise DinoError(
-            f"the first file of {path} does not exist: {path.parent / first}",
+            f"the first file of {where} does not exist: {os.path.join(os.path.dirname(where), first)}",
             "write paths relative to the list's folder" + _suggest_move(first),
         )
-    return FileList(named, (*notes, *_notes(path, named, unnamed)), tuple(columns))
+    return FileList(named, (*notes, *_notes(where, named, unnamed)), tuple(columns))
 
 
 class _Row(NamedTuple):
@@ -121,7 +138,7 @@ class _Row(NamedTuple):
     row: int
 
 
-def _decode(data: bytes, folder: Path) -> str:
+def _decode(data: bytes, is_file: IsFile) -> str:
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             return data.removeprefix(mark).decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
@@ -137,11 +154,11 @@ def _decode(data: bytes, folder: Path) -> str:
         raw = data.decode("utf-8", "surrogateescape")
         odd = next(line for line in raw.split("\n") if any("\udc80" <= sign <= "\udcff" for sign in line))
         cells = [odd, *re.split(r"[,;\t]", odd)]
-        exists = any(os.path.isfile(folder / _unquote(cell).replace("\\", "/")) for cell in cells if cell)
+        exists = any(is_file(_unquote(cell).replace("\\", "/")) for cell in cells if cell)
         return raw if exists else data.decode("cp1252", "replace")
 
 
-def _objects(lines: list[str], path: Path, columns: list[str]) -> Iterator[_Row]:
+def _objects(lines: list[str], where: str, columns: list[str]) -> Iterator[_Row]:
     """Yield path, label and the further values of the JSON object in each line, and add their names to `columns`.
 
     Raises:
@@ -156,14 +173,14 @@ def _objects(lines: list[str], path: Path, columns: list[str]) -> Iterator[_Row]
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise DinoError(f"line {row} of {path} is not a JSON object", 'write {"path": "a.jpg", "label": "cat"}')
+            raise DinoError(f"line {row} of {where} is not a JSON object", 'write {"path": "a.jpg", "label": "cat"}')
         rows.append(({_encodable(key): _encodable(_text_of(item)) for key, item in value.items()}, row))
     keys = list(dict.fromkeys(key for values, _ in rows for key in values))
     head = _header(keys)
     at, label = _column(head, _PATHS), _column(head, _LABELS)
     if rows and at is None:
         raise DinoError(
-            f"no key of {path} holds paths; its keys are {', '.join(keys)[:300]}",
+            f"no key of {where} holds paths; its keys are {', '.join(keys)[:300]}",
             "name the key of paths `path` and that of labels `label`",
         )
     columns += [key for i, key in enumerate(keys) if i not in (at, label)]
@@ -181,7 +198,7 @@ def _text_of(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _rows(lines: list[str], path: Path, notes: list[str], columns: list[str]) -> Iterator[_Row]:
+def _rows(lines: list[str], where: str, is_file: IsFile, notes: list[str], columns: list[str]) -> Iterator[_Row]:
     """Yield path, label and, if there is a header, the further cells of each row as written.
 
     Adds the names of further columns to `columns`, and a message to `notes` if there is a header without labels.
@@ -189,7 +206,7 @@ def _rows(lines: list[str], path: Path, notes: list[str], columns: list[str]) ->
     Raises:
         DinoError: If no column holds paths.
     """
-    folder, suffix = path.parent, path.suffix.lower()
+    suffix = os.path.splitext(where)[1].lower()
     delimiters = _DELIMITERS[suffix]
     if lines and (told := re.fullmatch(r'"?sep=(.)"?', lines[0])):  # Excel's line that names the delimiter
         delimiters, lines[0] = told[1], ""
@@ -199,20 +216,20 @@ def _rows(lines: list[str], path: Path, notes: list[str], columns: list[str]) ->
     for delimiter in delimiters:
         cells = next(_table([first], delimiter)).cells
         head = _header(cells)
-        if (column := _column(head, _PATHS)) is not None and not _exists(folder, cells[column]):
+        if (column := _column(head, _PATHS)) is not None and not _exists(is_file, cells[column]):
             label = _column(head, _LABELS)
             columns += [_unquote(cell) for i, cell in enumerate(cells) if i not in (column, label) and cell.strip()]
             if label is None and columns:
                 others = ", ".join(columns)
-                notes.append(f"no column of {path} is named label or class; its other columns are {others[:200]}")
+                notes.append(f"no column of {where} is named label or class; its other columns are {others[:200]}")
             yield from _below_header(lines, delimiter, column, label)
             return
-    if _exists(folder, first):  # the file name may hold a delimiter
-        yield from _labels_behind(lines, folder)
+    if _exists(is_file, first):  # the file name may hold a delimiter
+        yield from _labels_behind(lines, is_file)
         return
     for delimiter in delimiters:
         cells = next(_table([first], delimiter)).cells
-        column = next((i for i, cell in enumerate(cells) if _exists(folder, cell)), None)
+        column = next((i for i, cell in enumerate(cells) if _exists(is_file, cell)), None)
         if len(cells) > 1 and column is not None:
             label = column + 1 if column + 1 < len(cells) else column - 1
             for cells, row in _table(lines, delimiter):
@@ -222,13 +239,13 @@ def _rows(lines: list[str], path: Path, notes: list[str], columns: list[str]) ->
     parts = next(([cell.strip() for cell in cells if cell.strip()] for cells in split if len(cells) > 1), [])
     if (suffix != ".txt" or len(parts) > 1) and not any(_is_name(cell) for cell in [first, *parts]):
         raise DinoError(
-            f"no column of {path} holds paths; its columns are {', '.join(parts or [first.strip()])[:300]}",
+            f"no column of {where} holds paths; its columns are {', '.join(parts or [first.strip()])[:300]}",
             "name the column of paths `path` and that of labels `label`: path,label",
         )
     if len(parts) > 1 and any(_is_name(cell) for cell in parts):  # a missing file, which the caller reports
         yield _Row((next(cell for cell in parts if _is_name(cell)), ""), 1)
         return
-    yield from _labels_behind(lines, folder)
+    yield from _labels_behind(lines, is_file)
 
 
 def _below_header(lines: list[str], delimiter: str, column: int, label: int | None) -> Iterator[_Row]:
@@ -262,21 +279,21 @@ def _cell(cells: Sequence[str], column: int | None) -> str:
     return cells[column] if column is not None and column < len(cells) else ""
 
 
-def _labels_behind(lines: list[str], folder: Path) -> Iterator[_Row]:
+def _labels_behind(lines: list[str], is_file: IsFile) -> Iterator[_Row]:
     """Yield the path of each line and, if there are labels, the label after a tab, comma, semicolon or space."""
     filled = [line for line in lines if line.strip()]
     tabbed = next((line for line in filled if "\t" in line.strip()), None)
-    tab = tabbed is not None and not _exists(folder, tabbed)
+    tab = tabbed is not None and not _exists(is_file, tabbed)
     # Names may hold spaces and commas: if the first line that looks like path and label is a file, no line has a label.
     sample = next((line for line in filled if _split(line) != (line, "")), None)
-    labelled = sample is not None and not _exists(folder, sample)
-    bare = not tab and not labelled and " " in filled[0].strip() and not _exists(folder, filled[0])
+    labelled = sample is not None and not _exists(is_file, sample)
+    bare = not tab and not labelled and " " in filled[0].strip() and not _exists(is_file, filled[0])
     for row, line in enumerate(lines, 1):
         if tab and "\t" in line.strip():
             yield _Row(line.strip("\n").partition("\t")[::2], row)
         elif labelled:
             yield _Row(_split(line), row)
-        elif bare and _exists(folder, line.rpartition(" ")[0]):  # a name without a suffix
+        elif bare and _exists(is_file, line.rpartition(" ")[0]):  # a name without a suffix
             yield _Row(line.rpartition(" ")[::2], row)
         else:
             yield _Row((line, ""), row)
@@ -298,8 +315,8 @@ def _unquote(text: str) -> str:
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES else text
 
 
-def _exists(folder: Path, name: str) -> bool:
-    return any(form and _is_file(folder, form) for form in _forms(name))
+def _exists(is_file: IsFile, name: str) -> bool:
+    return any(form and is_file(form) for form in _forms(name))
 
 
 def _is_file(folder: Path, name: str) -> bool:
@@ -318,14 +335,14 @@ def _forms(name: str) -> Iterator[str]:
         yield _unquote(bare).replace("\\", "/")
 
 
-def _convention(rows: Sequence[_Row], folder: Path) -> Callable[[str], str]:
+def _convention(rows: Sequence[_Row], is_file: IsFile) -> Callable[[str], str]:
     """Return the function that converts a cell to a path; the first path with a backslash decides for all."""
     first = next((row.cells[0] for row in rows if "\\" in row.cells[0]), None)
-    windows = first is not None and not _is_file(folder, first) and _exists(folder, first)
+    windows = first is not None and not is_file(first) and _exists(is_file, first)
 
     def convert(name: str) -> str:
         # Checking every name of a long list on disk takes seconds; only odd names are checked.
-        if (name != name.strip() or name[:1] in _QUOTES) and not _is_file(folder, name):
+        if (name != name.strip() or name[:1] in _QUOTES) and not is_file(name):
             name = _unquote(name)
         return name.replace("\\", "/") if windows else name
 
@@ -340,12 +357,12 @@ def _suggest_move(name: str) -> str:
     return f"; {name} exists in the current folder: move the list there" if name and os.path.isfile(name) else ""
 
 
-def _notes(path: Path, named: Sequence[Entry], unnamed: Sequence[Entry]) -> Iterator[str]:
+def _notes(where: str, named: Sequence[Entry], unnamed: Sequence[Entry]) -> Iterator[str]:
     if unnamed:
-        yield f"{len(unnamed)} rows of {path} name no file and are ignored; the first is row {unnamed[0].row}"
+        yield f"{len(unnamed)} rows of {where} name no file and are ignored; the first is row {unnamed[0].row}"
     bare = [entry for entry in named if not entry.label]
     if bare and len(bare) < len(named):
         yield (
-            f"{len(bare)} of {len(named)} images in {path} have no label; the first is row "
+            f"{len(bare)} of {len(named)} images in {where} have no label; the first is row "
             f"{bare[0].row} ({bare[0].name})"
         )

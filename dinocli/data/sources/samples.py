@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dinocli.data.sources.kinds import kind_of
 from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES
-from dinocli.data.sources.tar import Content, LocalTar, PipedTar, Sparse, Unread, members, too_large
+from dinocli.data.sources.tar import Content, LocalTar, Sparse, Tape, Unread, members, too_large
 
 # WebDataset's rule (webdataset/tariterators.py): the key ends at the first dot of the last part of the name.
 _KEY = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
@@ -78,10 +78,7 @@ class _Part(NamedTuple):
 
 
 def samples(
-    tape: LocalTar | PipedTar,
-    most: float = float("inf"),
-    tally: Tally | None = None,
-    labels: Mapping[str, Content] | None = None,
+    tape: Tape, most: float = float("inf"), tally: Tally | None = None, labels: Mapping[str, Content] | None = None
 ) -> Iterator[Raw]:
     """Yield the samples of a tar: adjacent members with the same key. Members without an image are ignored.
 

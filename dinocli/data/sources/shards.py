@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,18 @@ from dinocli.data.images import DEFAULTS
 from dinocli.data.sources.kinds import remedy, unread
 from dinocli.data.sources.listing import JUNK, SUFFIXES
 from dinocli.data.sources.outputs import SIGNS, is_output, is_sheet, recognise
+from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.samples import classes_of, read, read_label, read_once, samples, why_refused
 from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
-from dinocli.data.sources.tar import PIPE, Content, LocalTar, PipedTar, members
+from dinocli.data.sources.store import Denied, Store, address_of, size_of, state_of, version_of
+from dinocli.data.sources.tar import PIPE, Content, is_address, members, tape_of
 
 INDEX = "index.json"
 # Suffixes of compressed tar files, with the command that decompresses one.
 _PACKED = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd", ".tar.xz": "xz", ".tar.bz2": "bzip2"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 UNNUMBERED = -2  # label of an image from a pipe whose class is a name: its index needs the names of all classes
+_THREADS = 32  # shards at addresses that are asked about at once
 _PICTURES = 1000  # images next to shards that are checked for being outputs; more are a folder of images
 
 
@@ -79,6 +82,7 @@ class Shards:
         by_name: True if labels are class names; else they are class numbers.
         apart: Shards whose labels are stored apart from their images.
         notes: Messages for the user about members that are not read.
+        versions: Checksum or time of each shard at an address, as its server states it; empty for other shards.
     """
 
     where: str
@@ -88,6 +92,7 @@ class Shards:
     by_name: bool = False
     apart: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
 
     @property
     def count(self) -> int | None:
@@ -96,9 +101,10 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of the files or commands and their order, independent of the folder's location."""
+        """Checksum of the files or commands, their order and versions, independent of the folder's location."""
         names = [url if url.startswith(PIPE) else os.path.basename(url) for url in self.urls]
-        return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
+        facts = [names, self.counts, *([self.versions] if self.versions else [])]
+        return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
 
     def stream(
         self,
@@ -182,7 +188,7 @@ class Shards:
         url = self.urls[shard]
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
-        with contextlib.closing(PipedTar(url) if url.startswith(PIPE) else LocalTar(url, ahead)) as tape:
+        with contextlib.closing(tape_of(url, ahead)) as tape:
             for raw in samples(tape, most, labels=labels_apart(url) if url in self.apart else None):
                 yield _Item(number, f"{title}/{raw.name}", raw.image, raw.label)
                 number += 1
@@ -220,7 +226,8 @@ def open_shards(*specs: str) -> Shards:
 
     Args:
         specs: Paths with ranges and patterns (`train-{000000..000999}.tar`, `train-*.tar`), folders of tar files, or
-            `pipe:COMMAND`, in which a range expands to several commands.
+            `pipe:COMMAND`, in which a range expands to several commands. Paths may be addresses, `s3://b/x-{00..99}.tar`;
+            without an index beside them, their images are not counted.
 
     Raises:
         DinoError: If a shard is missing, or the shards hold no image.
@@ -228,16 +235,18 @@ def open_shards(*specs: str) -> Shards:
     for spec in specs:
         _check_spec(spec)
     spec = specs[0] if len(specs) == 1 else shlex.join(specs)
-    if any(each.startswith(PIPE) for each in specs):
-        piped = (_ranges(each) if each.startswith(PIPE) else _paths(each) for each in specs)
-        return Shards(spec, list(itertools.chain(*piped)), [], None)
-    urls = [url for each in specs for url in _paths(each)]
-    missing = next((url for url in urls if not os.path.isfile(url)), None)
+    urls = [url for each in specs for url in _expand(each)]
+    if any(url.startswith(PIPE) for url in urls):
+        return Shards(spec, urls, [], None)
+    sizes, versions = _measure(urls)
+    missing = next((url for url in urls if url not in sizes), None)
     if missing or not urls:
         what = f"{missing} does not exist" if missing else f"no file matches {spec}"
         raise DinoError(f"{what}; expected tar shards", "check the path, and the first and last number of a range")
-    known, classes = _read_indexes(urls)
+    known, classes = _read_indexes(sizes)
     unknown = [url for url in urls if url not in known]
+    if any(map(is_address, unknown)):
+        return Shards(spec, urls, [], None, versions=versions)
     # Threads, because a network disk answers many requests in the time of one.
     with ThreadPoolExecutor(8) as pool:
         known |= zip(unknown, pool.map(scan, unknown), strict=True)
@@ -257,13 +266,33 @@ def open_shards(*specs: str) -> Shards:
         named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
     apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
     counts = [each.images + bool(each.torn) for each in scans]
-    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)))
+    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)), versions)
+
+
+def _measure(urls: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the size in bytes of the shards that exist, and the versions of all if some are at addresses."""
+    remote = [url for url in urls if is_address(url)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        stated = dict(zip(remote, pool.map(_ask, remote), strict=True))
+    sizes = {url: os.path.getsize(url) for url in urls if url not in stated and os.path.isfile(url)}
+    sizes |= {url: size_of(about) for url, about in stated.items() if about is not None}
+    return sizes, tuple(version_of(stated.get(url) or {}) for url in urls) if remote else ()
+
+
+def _ask(url: str) -> Mapping[str, Any] | None:
+    """Return what the server states about a shard; None if it does not exist."""
+    try:
+        return state_of(Store(url.partition("://")[0]), url)
+    except FileNotFoundError:
+        return None
 
 
 def _check_spec(spec: str) -> None:
     if spec.startswith(PIPE) and not spec.removeprefix(PIPE).strip():
         raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
     packed = next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), "")
+    if packed and is_address(spec):
+        raise DinoError(f"{spec} is compressed; expected plain tar files", f"unpack them, as with `{packed} -d`")
     if packed and not spec.startswith(PIPE):
         # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
         name = re.sub(r"([^\w@%+=:,./*?\[\]{}-])", r"\\\1", spec)
@@ -284,7 +313,12 @@ def _ranges(text: str) -> Iterator[str]:
         yield from _ranges(f"{text[: found.start()]}{number:0{width}}{text[found.end() :]}")
 
 
-def _paths(spec: str) -> list[str]:
+def _expand(spec: str) -> list[str]:
+    """Return the shards that a specification names."""
+    if spec.startswith(PIPE):
+        return list(_ranges(spec))
+    if is_address(spec):
+        return [url for text in _ranges(spec) for url in _remote_paths(text)]
     if os.path.isdir(spec):
         return sorted(str(path) for path in Path(spec).glob("*.[tT][aA][rR]") if not path.name.startswith("."))
     paths = []
@@ -294,25 +328,33 @@ def _paths(spec: str) -> list[str]:
     return paths
 
 
-def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
-    """Return scans of the shards whose size matches the index next to them, and the class names.
+def _remote_paths(text: str) -> list[str]:
+    store = Store(text.partition("://")[0])
+    # In an address of the web, a question mark begins the query.
+    if not glob.has_magic(text.replace("?", "") if store.protocol in ("http", "https") else text):
+        return [text]
+    return sorted(address_of(store, key) for key in store.retry(lambda: store.files.glob(text), text))
+
+
+def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list[str]]:
+    """Return scans of the shards whose size in bytes matches the index next to them, and the class names.
 
     Raises:
         DinoError: If an index is corrupt, or names files outside its folder.
     """
     known: dict[str, Scan] = {}
     classes: list[str] = []
-    for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
-        path = Path(folder) / INDEX
+    for folder in dict.fromkeys(os.path.dirname(url) for url in size_by_url):
+        path = os.path.join(folder, INDEX)
         try:
-            text = path.read_bytes()
-        except OSError:  # the headers of the shards give the counts too
+            text = RemoteFile(path).readall() if is_address(path) else Path(path).read_bytes()
+        except (OSError, Denied):  # the headers of local shards give the counts too
             continue
         try:
             index = unseal(text)
         except ValueError as error:
             # Other tools write files of this name. Only ours holds class names, which must not be lost silently.
-            if b'"shards"' in text or (Path(folder) / "pack.json").exists():
+            if b'"shards"' in text or os.path.exists(os.path.join(folder, "pack.json")):
                 raise _damaged_index(path, str(error)) from error
             continue
         if not {"classes", "shards", "bytes"} <= index.keys():  # from another tool
@@ -326,12 +368,12 @@ def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise _damaged_index(path, f"the count of {name} is {number!r}; expected a whole number")
         beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
-        known |= {u: Scan(beside[u][0]) for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
+        known |= {u: Scan(beside[u][0]) for u, size in size_by_url.items() if u in beside and size == beside[u][1]}
         classes = classes or [str(name) for name in names]
     return known, classes
 
 
-def _damaged_index(path: Path, why: str) -> DinoError:
+def _damaged_index(path: str, why: str) -> DinoError:
     return DinoError(
         f"{path} is corrupt: {why}", "pack the images again, or remove it; dino then counts the images itself"
     )
@@ -351,12 +393,12 @@ def _shuffle(items: Iterable[_Item], generator: np.random.Generator, buffer: int
 
 
 def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
-    """Return the image with a name as in `Sample`, from local shards; empty if it is not there."""
+    """Return the image with a name as in `Sample`, from files; empty if it is not there."""
     most = max_megabytes * 1e6
     title, _, inside = name.partition("/")
     for url in shards.urls:
         if os.path.basename(url) == title and not url.startswith(PIPE):
-            with contextlib.closing(LocalTar(url)) as tape:
+            with contextlib.closing(tape_of(url)) as tape:
                 found = (content for member, content in members(tape) if member == inside)
                 return next((read_once(content) for content in found if not why_refused(content, most)), b"")
     return b""

@@ -33,6 +33,10 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "LastModifi
 T = TypeVar("T")
 
 
+class Denied(DinoError):
+    """Error for a file that the credentials do not open. Some servers report missing files so."""
+
+
 class Store:
     """Files of one protocol, such as s3; every process opens its own connections.
 
@@ -74,15 +78,17 @@ class Store:
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            DinoError: If access is denied, or every attempt fails.
+            Refused: If the request refuses the file.
+            Denied: If access is denied.
+            DinoError: If every attempt fails.
         """
         denied: tuple[type[Exception], ...] = (PermissionError, *_no_credentials())
         for attempt in range(tries):
             try:
                 return request()
             except denied as error:
-                raise DinoError(f"{address} may not be read: {_first_line(error)}", _CREDENTIALS) from error
-            except DinoError:
+                raise Denied(f"{address} may not be read: {_first_line(error)}", _CREDENTIALS) from error
+            except (DinoError, Refused):  # no failure of the connection
                 raise
             except Exception as error:  # fsspec's packages raise errors of many libraries
                 if isinstance(error, FileNotFoundError) and not self._hides_failure(error):
@@ -130,6 +136,21 @@ def version_of(about: Mapping[str, Any]) -> str:
     return next((f"{name} {about[name]}" for name in _VERSIONS if about.get(name)), "")
 
 
+def address_of(store: Store, key: str) -> str:
+    """Return the address of a file with its protocol."""
+    return key if "://" in key else f"{store.protocol}://{key}"
+
+
+def state_of(store: Store, key: str) -> Mapping[str, Any]:
+    """Return what the server states about a file.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        DinoError: If access is denied, or the network fails.
+    """
+    return store.retry(lambda: store.files.info(key), address_of(store, key))
+
+
 def endpoint_of(files: Any) -> str:
     """Return the server or account of a file system: buckets of different ones may have the same name."""
     if client := getattr(files, "s3", None):
@@ -145,7 +166,6 @@ def download(store: Store, key: str, size: int, most: float) -> bytes:
         Refused: If it is too large, or has another size than listed.
         DinoError: If the network fails.
     """
-    address = key if "://" in key else f"{store.protocol}://{key}"
 
     def request() -> bytes:
         stated = size if size != UNKNOWN else store.files.info(key).get("size")
@@ -164,16 +184,7 @@ def download(store: Store, key: str, size: int, most: float) -> bytes:
             raise EOFError(f"its body has {len(data)} of {stated} bytes")
         return data
 
-    def refused() -> bytes | Refused:
-        try:
-            return request()
-        except Refused as error:  # no failure of the connection
-            return error
-
-    data = store.retry(refused, address)
-    if isinstance(data, Refused):
-        raise data
-    return data
+    return store.retry(request, address_of(store, key))
 
 
 def place_of(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""Sequential readers of tar files: local ones, whose contents can be skipped, and the output of commands."""
+"""Sequential readers of tar files: local ones, whose contents can be skipped, and streams of commands and addresses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import megabytes_over
+from dinocli.data.sources.remote_file import RemoteFile
 
 PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
@@ -127,25 +128,17 @@ class LocalTar:
             os.close(self.file)
 
 
-class PipedTar:
-    """Tar file from the output of a command."""
+class StreamedTar:
+    """Tar file that is read once, in order. The contents of files are read too, since they cannot be read later."""
 
-    def __init__(self, url: str) -> None:
-        self.command, self.torn = url.removeprefix(PIPE), ""
-        # pipefail reports the failure of any command: in `curl ... | gunzip`, mostly the first one fails.
-        bash = shutil.which("bash")
-        words = [bash, "-o", "pipefail", "-c"] if bash else ["sh", "-c"]
-        # In its own session, the command survives Ctrl-C, after which a run still finishes its step.
-        self.process = subprocess.Popen(
-            [*words, self.command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert self.process.stdout
-        self.output = self.process.stdout
+    torn = ""
 
     def take(self, size: int) -> bytes:
-        return self.output.read(size)
+        """Return the next bytes; fewer at the end."""
+        raise NotImplementedError
 
     def content(self, size: int, most: int) -> bytes | Span | Unread:
+        """Return the content of the next file; it is skipped if it is larger than `most` bytes."""
         filled = -(-size // _BLOCK) * _BLOCK
         if size > most:
             while filled:  # in pieces, because it may be larger than the memory
@@ -160,12 +153,39 @@ class PipedTar:
         return data[:size]
 
     def next_archive(self) -> bytes:
+        """Skip the zeros after an archive. Return the first block of an appended archive; empty if there is none."""
         while (block := self.take(_BLOCK)) and block.count(0) == _BLOCK:
             pass
         return block
 
     def linked(self) -> dict[str, Content | Link]:
-        return {}  # earlier members are gone
+        """Return nothing: earlier members are gone."""
+        return {}
+
+    def finish(self) -> None:
+        """Check that the stream ended well."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class PipedTar(StreamedTar):
+    """Tar file from the output of a command."""
+
+    def __init__(self, url: str) -> None:
+        self.command = url.removeprefix(PIPE)
+        # pipefail reports the failure of any command: in `curl ... | gunzip`, mostly the first one fails.
+        bash = shutil.which("bash")
+        words = [bash, "-o", "pipefail", "-c"] if bash else ["sh", "-c"]
+        # In its own session, the command survives Ctrl-C, after which a run still finishes its step.
+        self.process = subprocess.Popen(
+            [*words, self.command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self.process.stdout
+        self.output = self.process.stdout
+
+    def take(self, size: int) -> bytes:
+        return self.output.read(size)
 
     def finish(self) -> None:
         """Read the output to its end, so that the command does not fail on a closed pipe.
@@ -188,14 +208,40 @@ class PipedTar:
         self.process.wait()
 
 
+class RemoteTar(StreamedTar):
+    """Tar file at an address, read by blocks; those that were read before come from the local cache."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.file: RemoteFile | None = None
+
+    def take(self, size: int) -> bytes:
+        if self.file is None:
+            self.file = RemoteFile(self.url)
+        return self.file.read(size) or b""
+
+
+Tape = LocalTar | StreamedTar
+
+
+def is_address(url: str) -> bool:
+    """Return whether a shard is at an address, not a local file or the output of a command."""
+    return "://" in url and not url.startswith(PIPE)
+
+
+def tape_of(url: str, ahead: bool = False) -> Tape:
+    """Return the reader of a shard."""
+    if url.startswith(PIPE):
+        return PipedTar(url)
+    return RemoteTar(url) if is_address(url) else LocalTar(url, ahead)
+
+
 def too_large(size: int, most: float) -> Unread:
     """Return the reason not to read a file over the limit, both in bytes."""
     return Unread(f"too large: {megabytes_over(size, most / 1e6)}")
 
 
-def members(
-    tape: LocalTar | PipedTar, most: Callable[[str], int] = lambda name: sys.maxsize
-) -> Iterator[tuple[str, Content]]:
+def members(tape: Tape, most: Callable[[str], int] = lambda name: sys.maxsize) -> Iterator[tuple[str, Content]]:
     """Yield name and content of each file in a tar. Stop at corrupt data and describe it in `tape.torn`.
 
     Links in a local tar have the content of their target. Appended archives are read too, as by `tar -i`.
@@ -229,7 +275,7 @@ def _follow(linked: dict[str, Content | Link], link: Link) -> Content:
     return target
 
 
-def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[tuple[str, Content | Link]]:
+def _entries(tape: Tape, most: Callable[[str], int]) -> Iterator[tuple[str, Content | Link]]:
     try:
         for header, later in _headers(tape):
             kind, size = header[156:157], int(later.get("size", _number(header[124:136])))
@@ -251,10 +297,10 @@ def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[
     except ValueError:
         tape.torn = _TORN
     except OSError as error:
-        tape.torn = f"cannot be read: {error.strerror}"
+        tape.torn = f"cannot be read: {error.strerror or error}"
 
 
-def _headers(tape: LocalTar | PipedTar) -> Iterator[tuple[bytes, dict[str, str]]]:
+def _headers(tape: Tape) -> Iterator[tuple[bytes, dict[str, str]]]:
     """Yield the header of each member, and the values of the extended headers before it.
 
     Raises:
@@ -300,7 +346,7 @@ def _link(name: str, target: str, *, hard: bool) -> Link:
     return Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)), "symbolic link")
 
 
-def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) -> Content:
+def _old_sparse(tape: Tape, header: bytes, size: int, most: int) -> Content:
     """Return a file stored by `tar -S --format=gnu`: its map is in the header and in the blocks after it."""
     numbers = [_number(header[i : i + 12]) for i in range(386, 482, 12)]
     extended, read = header[482], 0
@@ -314,7 +360,7 @@ def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) 
     return _place(tape, numbers, size, _number(header[483:495]), most)
 
 
-def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, most: int) -> Content:
+def _new_sparse(tape: Tape, records: dict[str, str], size: int, most: int) -> Content:
     """Return a file stored by `tar -S --format=pax`: its map is in the records, or before its content."""
     real = int(records.get("GNU.sparse.realsize", records.get("GNU.sparse.size", "-1")))
     if records.get("GNU.sparse.major", "0") == "0":
@@ -332,7 +378,7 @@ def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, m
     return _place(tape, numbers, size - len(text), real, most)
 
 
-def _place(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int, most: int) -> Content:
+def _place(tape: Tape, numbers: list[int], size: int, real: int, most: int) -> Content:
     """Return a sparse file from its map `numbers` (place, length, place ...); its pieces are consecutive in the tar."""
     pieces, stored = list[tuple[int, int, int]](), 0
     for place, length in zip(numbers[::2], numbers[1::2], strict=True):
