@@ -29,6 +29,7 @@ from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.checkpoint import write_checkpoint
 
+pytest_plugins = ["remote_servers"]  # fixtures of servers on this machine
 FIXTURES = Path(__file__).parent / "fixtures"
 # Beside a checkout of the house there may lie more of the original's numbers; a clone without them is held all the same.
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"

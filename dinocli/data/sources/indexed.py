@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,6 +167,12 @@ def number_labels(labels: Sequence[str | None]) -> tuple[list[str], NDArray[np.i
     numbers = np.full(len(labels), -1, dtype=np.int32)
     numbers[[i for i, label in enumerate(labels) if label is not None]] = found
     return classes, numbers
+
+
+def label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """Return `classes` and `labels` of `Images` for labels as text; an empty text is no label."""
+    classes, numbers = number_labels([label or None for label in labels])
+    return {"classes": classes, "labels": numbers}
 
 
 def folder_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:

@@ -133,6 +133,34 @@ def parse_list(data: bytes, where: str, is_file: IsFile) -> FileList:
     return FileList(named, (*notes, *_notes(where, named, unnamed)), tuple(columns))
 
 
+def merge_rows(found: FileList, where: str, place_of: Callable[[str], str]) -> tuple[FileList, str]:
+    """Merge rows of the same image. Return one row per image, and the first clash of labels in words.
+
+    Args:
+        found: Contents of a list.
+        where: Path or address of the list.
+        place_of: Function from a name to the path of its image, the same for all spellings.
+    """
+    merged: dict[str, Entry] = {}
+    repeated: dict[str, list[Entry]] = {}
+    for row in found.entries:
+        place = place_of(row.name)
+        first = merged.setdefault(place, row)
+        if first is not row:
+            repeated.setdefault(place, [first]).append(row)
+    clash = ""
+    for place, same in repeated.items():
+        labels = {row.label: row.row for row in reversed(same) if row.label}
+        one, *others = sorted(labels, key=lambda label: labels[label]) or [""]
+        merged[place] = same[0]._replace(label=";".join([one, *others]))
+        if others and not clash:
+            clash = f"{same[0].name} the labels {one} (row {labels[one]}) and {others[0]} (row {labels[others[0]]})"
+    entries, notes = list(merged.values()), found.notes
+    if count := len(found.entries) - len(entries):
+        notes += (f"{count} rows of {where} name an image again: each image counts once",)
+    return FileList(entries, notes, found.columns), clash
+
+
 class _Row(NamedTuple):
     cells: Sequence[str]
     row: int

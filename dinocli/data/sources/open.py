@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,11 +16,11 @@ from dinocli.data.decode.extras import MEDICAL
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
-from dinocli.data.sources.indexed import Images, StoredImages, folder_classes, number_labels
+from dinocli.data.sources.indexed import Images, StoredImages, folder_classes, label_fields
 from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
-from dinocli.data.sources.lists import LISTS, Entry, FileList, read_list
+from dinocli.data.sources.lists import LISTS, merge_rows, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
 from dinocli.data.sources.parts import expand, holder_of
@@ -85,14 +86,15 @@ def open_source(spec: str) -> Source:
         spec: Folder of images, of any depth; `.zip` or `.tar` archive of one; `.txt` or `.csv` list of files, with or
             without labels; Parquet or Arrow files, a folder of them, or `hf://datasets/USER/NAME`; tar shards
             (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; a
-            folder at an address (`s3://bucket/photos`, `https://host/photos`); or `torchvision:NAME`, which is
-            downloaded on first use. `/SPLIT` after the name selects a split other than the training split.
+            folder, list, Parquet file or tar shards at an address (`s3://bucket/photos`, `https://host/list.csv`); or
+            `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name selects a split other than the
+            training split.
 
     Raises:
         DinoError: If the source does not exist or holds no image.
     """
     if not is_shards(spec):
-        return open_images(spec)
+        return open_remote(spec) if is_remote(spec) else open_images(spec)
     return (open_tar(Path(spec)) if is_archive(spec) else None) or open_shards(spec)
 
 
@@ -111,7 +113,10 @@ def open_images(spec: str) -> Images:
     if spec.startswith(HUB):
         return open_images(str(fetch_dataset(spec)))
     if is_remote(spec):
-        return open_remote(spec)
+        opened = open_remote(spec)
+        if isinstance(opened, Shards):
+            raise DinoError(f"{spec} holds tar shards; expected images with random access", "copy them to this machine")
+        return opened
     if is_parquet(spec):
         return open_parquet(spec)
     path = Path(spec)
@@ -181,7 +186,7 @@ def _keep(source: Images, rows: Sequence[int]) -> Images:
         return _folder(source.root, names, source.listed)
     labels = [source.classes[label] if label >= 0 else "" for label in source.labels[rows].tolist()]
     metadata = {column: Names.of([cells[row] for row in rows]) for column, cells in source.metadata.items()}
-    return replace(source, names=names, metadata=metadata, **_label_fields(labels))
+    return replace(source, names=names, metadata=metadata, **label_fields(labels))
 
 
 def splits(spec: str, images: ImagesConfig | None = None, *, several: bool = False) -> dict[str, Source]:
@@ -282,7 +287,7 @@ def _folder(root: Path, names: Names, notes: tuple[str, ...], *, held: bool = Fa
 def _described(images: Images, table: Path) -> Images:
     """Add the labels and further columns of a folder's `metadata.csv` to its images. Images without a row are kept."""
     try:
-        listed, clash = _read_merged(table, images.root)
+        listed, clash = merge_rows(read_list(table), str(table), partial(_place, images.root))
     except DinoError as error:
         return replace(images, notes=(*images.notes, f"not using {table}: {error.message}"))
     entries = {os.path.normpath(entry.name): entry for entry in listed.entries}
@@ -298,7 +303,7 @@ def _described(images: Images, table: Path) -> Images:
     }
     described = replace(images, notes=tuple(notes), metadata=metadata, clash=clash)
     labels = [row.label if row else "" for row in rows]
-    return replace(described, **_label_fields(labels)) if any(labels) else described
+    return replace(described, **label_fields(labels)) if any(labels) else described
 
 
 def _with_held(root: Path, listing: Listing) -> Listing:
@@ -396,55 +401,17 @@ def _file_list(path: Path) -> Images:
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    (entries, notes, columns), clash = _read_merged(path, path.parent)
+    (entries, notes, columns), clash = merge_rows(read_list(path), str(path), partial(_place, path.parent))
     names = Names.of([entry.name for entry in entries])
     metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
-    fields = _label_fields([entry.label for entry in entries])
+    fields = label_fields([entry.label for entry in entries])
     held = any(holder_of(entry.name) for entry in entries)
     return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata, held=held)
 
 
-def _read_merged(path: Path, folder: Path) -> tuple[FileList, str]:
-    """Read a list of files with one row per image, and return it with the first clash of labels, in words.
-
-    Args:
-        path: List.
-        folder: Folder that its paths are relative to.
-
-    Raises:
-        DinoError: If the list is empty, names no files, or its first file does not exist.
-    """
-    rows, notes, columns = read_list(path)
-    entries, clash = _merge_rows(folder, rows)
-    if repeated := len(rows) - len(entries):
-        notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
-    return FileList(entries, notes, columns), clash
-
-
-def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
-    """Merge rows of the same image, and return one row per image with the first clash of labels, in words."""
-    merged: dict[str, Entry] = {}
-    repeated: dict[str, list[Entry]] = {}
-    for row in rows:
-        # Spellings such as ./a.jpg are normalized; links to the same file are different images.
-        place = os.path.normpath(os.path.join(folder, row.name))
-        first = merged.setdefault(place, row)
-        if first is not row:
-            repeated.setdefault(place, [first]).append(row)
-    clash = ""
-    for place, same in repeated.items():
-        labels = {row.label: row.row for row in reversed(same) if row.label}
-        one, *others = sorted(labels, key=lambda label: labels[label]) or [""]
-        merged[place] = same[0]._replace(label=";".join([one, *others]))
-        if others and not clash:
-            clash = f"{same[0].name} the labels {one} (row {labels[one]}) and {others[0]} (row {labels[others[0]]})"
-    return list(merged.values()), clash
-
-
-def _label_fields(labels: Sequence[str]) -> dict[str, Any]:
-    """Return `classes` and `labels` of `Images`; an empty text is no label."""
-    classes, numbers = number_labels([label or None for label in labels])
-    return {"classes": classes, "labels": numbers}
+def _place(folder: Path, name: str) -> str:
+    """Return the path of an image. Spellings such as ./a.jpg are the same; links to the same file are different."""
+    return os.path.normpath(os.path.join(folder, name))
 
 
 def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:

@@ -22,10 +22,12 @@ from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
 from dinocli.data.sources.outputs import SIGNS, recognise
 from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.regular import Refused
+from dinocli.data.sources.remote_file import RemoteFile
 
 PARQUET, ARROW = ".parquet", ".arrow"
 _IMAGE, _LABEL = ("image", "img", "jpg", "png", "bytes"), ("label", "labels", "class", "fine_label", "target")
 _KEPT = 2**28  # bytes of row groups that a process keeps
+_BLOCK = 2**20  # bytes read at once from an address; the labels of each row group lie apart
 _LARGEST = 2**30  # bytes of a row group, which is read as a whole
 _SPLIT = re.compile(r"(?:^|[/_.-])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?=[/_.-])")
 
@@ -166,7 +168,7 @@ def _is_table(path: str) -> bool:
 def _has_images(path: str) -> bool:
     try:
         schema = _schema(_open(path))
-        return schema is not None and bool(_image_column(Path(path), schema))
+        return schema is not None and bool(_image_column(path, schema))
     except (OSError, ValueError, DinoError):
         return False
 
@@ -177,14 +179,28 @@ def open_parquet(spec: str) -> ParquetImages:
     Raises:
         DinoError: If pyarrow is missing, a file is corrupt, or there is no column of images.
     """
-    return _open_files(spec, _files(Path(spec)))
+    return _open_files(spec, _files(spec))
+
+
+def open_remote_parquet(where: str, addresses: Sequence[str]) -> ParquetImages:
+    """Open Parquet files at addresses. Of each file, only the labels and the row groups of wanted images are read.
+
+    Args:
+        where: File or folder as the user named it.
+        addresses: Address of each file.
+
+    Raises:
+        DinoError: If pyarrow is missing, a file does not exist or is corrupt, there is no column of images, or the
+            network fails.
+    """
+    return _open_files(where, sorted(addresses))
 
 
 def parquet_splits(spec: str) -> dict[str, ParquetImages]:
     """Open the splits of files such as `train-00000-of-00002.parquet` and `test/data.arrow`, or all as `all`."""
-    parts: dict[str, list[Path]] = {}
-    for path in _files(Path(spec)):
-        found = _SPLIT.search(str(path.relative_to(spec)) if path != Path(spec) else "")
+    parts: dict[str, list[str]] = {}
+    for path in _files(spec):
+        found = _SPLIT.search(os.path.relpath(path, spec) if path != spec else "")
         key = found[1][:2] if found else ""
         parts.setdefault({"tr": "train", "va": "val", "te": "test"}.get(key, ""), []).append(path)
     if "train" not in parts or "" in parts:
@@ -192,11 +208,11 @@ def parquet_splits(spec: str) -> dict[str, ParquetImages]:
     return {split: _open_files(f"{spec}/{split}", files) for split, files in parts.items()}
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(map(Path, filter(_is_table, _walk(str(path))))) if path.is_dir() else [path]
+def _files(path: str) -> list[str]:
+    return sorted(filter(_is_table, _walk(path)), key=Path) if os.path.isdir(path) else [path]
 
 
-def _open_files(where: str, files: Sequence[Path]) -> ParquetImages:
+def _open_files(where: str, files: Sequence[str]) -> ParquetImages:
     tables = [_list_file(path) for path in files]
     known = next((table.names for table in tables if table.names), None)
     notes = [
@@ -216,10 +232,10 @@ def _open_files(where: str, files: Sequence[Path]) -> ParquetImages:
     if known and set(classes) <= set(known):  # keeps the order of the data set
         place: dict[str | None, int] = {name: number for number, name in enumerate(known)}
         classes, indexes = known, np.array([place.get(label, -1) for label in labels], np.int32)
-    titles = [os.path.relpath(path, where) if os.path.isdir(where) else path.name for path in files]
+    titles = [_title(path, where) for path in files]
     counts = [len(table.labels) for table in tables]
     names = Names.of([f"{title}/{row}" for title, count in zip(titles, counts, strict=True) for row in range(count)])
-    places = [(str(p), g, t.image) for p, t in zip(files, tables, strict=True) for g in range(len(t.rows))]
+    places = [(p, g, t.image) for p, t in zip(files, tables, strict=True) for g in range(len(t.rows))]
     sizes = [size for table in tables for size in table.sizes]
     ends = np.cumsum([rows for table in tables for rows in table.rows])
     groups = RowGroups(places, sizes)
@@ -236,14 +252,22 @@ def _name(label: Any, names: Sequence[str] | None) -> str | None:
     return str(label)
 
 
-def _list_file(path: Path) -> _Table:
+def _title(path: str, where: str) -> str:
+    """Return the name of a file in the folder that the user named."""
+    if os.path.isdir(where):
+        return os.path.relpath(path, where)
+    below = path.removeprefix(where.rstrip("/") + "/")
+    return os.path.basename(path) if below == path else below
+
+
+def _list_file(path: str) -> _Table:
     """Read the columns, row groups and labels of a file, but no image.
 
     Raises:
         DinoError: If it is corrupt, or has no column of images.
     """
     try:
-        file = _open(str(path))
+        file = _open(path)
         schema = _schema(file)
         if schema is None:
             raise DinoError(f"{path} has no rows", "remove it, or write it again")
@@ -262,10 +286,11 @@ def _list_file(path: Path) -> _Table:
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DinoError(f"{path} cannot be read: {said}", "copy or download it again") from error
-    if path.suffix.lower() == PARQUET and max(sizes, default=0) > _LARGEST:
+    if path.lower().endswith(PARQUET) and max(sizes, default=0) > _LARGEST:
+        name = os.path.basename(path)
         raise DinoError(
             f"{path} has a row group of {max(sizes) / 1e9:.1f} GB, which every worker would hold; expected up to 1 GB",
-            f"write it again in smaller groups: pyarrow.parquet.write_table(table, {path.name!r}, row_group_size=100)",
+            f"write it again in smaller groups: pyarrow.parquet.write_table(table, {name!r}, row_group_size=100)",
         )
     return _Table(image, rows, sizes, labels or [None] * sum(rows), _class_names(schema, label), empty)
 
@@ -273,6 +298,9 @@ def _list_file(path: Path) -> _Table:
 def _open(path: str) -> Any:
     """Open a Parquet file, or return the record batches of an Arrow file, mapped into memory."""
     pyarrow = _pyarrow()
+    if "://" in path:
+        remote = RemoteFile(path, _BLOCK)
+        return pyarrow.parquet.ParquetFile(remote, pre_buffer=False, page_checksum_verification=True)
     if path.lower().endswith(PARQUET):
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
     mapped = pyarrow.memory_map(path)
@@ -319,7 +347,7 @@ def _column_of(batch: Any, column: str) -> Any:
     return values.flatten()[values.type.get_field_index(inner)] if inner else values
 
 
-def _image_column(path: Path, schema: Any) -> str:
+def _image_column(path: str, schema: Any) -> str:
     """Return the column of image bytes: `image.bytes` of a struct, or a binary column.
 
     Raises:

@@ -1,11 +1,14 @@
-"""Folders of images at addresses such as s3://bucket/photos, read through fsspec with a local cache of bounded size."""
+"""Images at addresses such as s3://bucket/photos: folders, lists, Parquet files; and what folders of shards hold."""
 
 from __future__ import annotations
 
+import os
+import posixpath
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,32 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import VIDEO
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
-from dinocli.data.sources.indexed import StoredImages
-from dinocli.data.sources.listing import KNOWN, Names
-from dinocli.data.sources.lists import LISTS
+from dinocli.data.sources.indexed import StoredImages, label_fields
+from dinocli.data.sources.listing import KNOWN, SUFFIXES, Names
+from dinocli.data.sources.lists import LISTS, merge_rows, parse_list
 from dinocli.data.sources.members import select_images
-from dinocli.data.sources.parquet import ARROW, PARQUET
+from dinocli.data.sources.parquet import ARROW, PARQUET, ParquetImages, open_remote_parquet
 from dinocli.data.sources.regular import Refused
-from dinocli.data.sources.store import NEEDS, UNKNOWN, Store, download, endpoint_of, keep, place_of, size_of, version_of
+from dinocli.data.sources.remote_file import RemoteFile
+from dinocli.data.sources.shards import Shards, is_shards, open_shards
+from dinocli.data.sources.store import (
+    NEEDS,
+    UNKNOWN,
+    Denied,
+    Store,
+    address_of,
+    download,
+    endpoint_of,
+    keep,
+    place_of,
+    size_of,
+    state_of,
+    store_of,
+    version_of,
+)
 
-# Single files, which are not read from addresses: archives, lists, tables, images, videos.
-_SINGLE = (".tar", ".zip", ".gz", ".tgz", ".zst", ".7z", PARQUET, ARROW, *LISTS, *KNOWN, *VIDEO.suffixes)
+# Single files that are not read from addresses: archives, tables of Arrow, images, videos.
+_SINGLE = (".zip", ".gz", ".7z", ARROW, *KNOWN, *VIDEO.suffixes)
 _THREADS = 32  # files asked about at once
 
 
@@ -79,51 +98,143 @@ class RemoteImages(StoredImages):
 
 
 def is_remote(spec: str) -> bool:
-    """Return whether a source is a folder at an address that fsspec reads, by its name."""
-    protocol, mark, path = spec.partition("://")
-    return bool(mark) and protocol in NEEDS and not path.lower().endswith(_SINGLE)
+    """Return whether a source is at an address that fsspec reads, by its name."""
+    protocol, mark, _ = spec.partition("://")
+    return bool(mark) and protocol in NEEDS
 
 
-def open_remote(spec: str) -> RemoteImages:
-    """List a remote folder.
+def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
+    """Open a folder, a list of images, or a Parquet file at an address.
+
+    A folder of tar shards or Parquet files without images is opened as what it holds.
 
     Raises:
-        DinoError: If it does not exist, holds no image, or cannot be read.
+        DinoError: If it does not exist, holds no image, is a single file of another kind, or cannot be read.
     """
-    store = Store(spec.partition("://")[0])
-    web = store.protocol in ("http", "https")
-    address = spec.rstrip("/") + "/" * web
-    missing = DinoError(f"{spec} does not exist or is empty; expected a folder of images", "check the address")
+    suffix = os.path.splitext(spec)[1].lower()
+    if is_shards(spec):
+        return open_shards(spec)
+    if suffix in LISTS:
+        return _open_list(spec)
+    if suffix == PARQUET:
+        return open_remote_parquet(spec, [spec])
+    if spec.lower().endswith(_SINGLE):
+        raise DinoError(
+            f"{spec} is a single file; expected a folder, tar shards, a list or a Parquet file",
+            "copy the file to this machine, and name the copy",
+        )
+    store, base = _resolve(spec.rstrip("/") + "/")
     try:
-        found = store.retry(lambda: store.files.find(address, detail=True), spec, tries=2)
-        if not found:  # fsspec's listing over HTTP hides errors of the connection
-            store.retry(lambda: store.files.info(address), spec, tries=2)
+        files = _list(store, base)
     except FileNotFoundError as error:
-        raise missing from error
-    base = address if web else store.files._strip_protocol(address) + "/"
-    # Keys that end with a slash are placeholders of folders.
-    files = {key: about for key, about in found.items() if key.startswith(base) and not key.endswith("/")}
-    if not files:
-        raise missing
+        raise _missing(spec, "a folder of images") from error
     keys = list(files)
+    if SUFFIXES.isdisjoint(os.path.splitext(key)[1].lower() for key in keys):
+        shown = [address_of(store, key) for key in keys if not posixpath.basename(key).startswith(".")]
+        if shards := sorted(url for url in shown if url.lower().endswith(".tar")):
+            return replace(open_shards(*shards), where=spec)
+        if tables := [url for url in shown if url.lower().endswith(PARQUET)]:
+            return open_remote_parquet(spec, tables)
 
     def marker(row: int, most: int) -> bytes:
         return download(store, keys[row], size_of(files[keys[row]]), most / 1e6)
 
     rows, names, classes, labels, notes = select_images(spec, [key.removeprefix(base) for key in keys], marker)
     chosen = [keys[row] for row in rows.tolist()]
-    if web:  # a page of links states neither sizes nor versions
-        with ThreadPoolExecutor(_THREADS) as pool:
-            files = dict(zip(chosen, pool.map(lambda key: _ask(store, key), chosen), strict=True))
-    sizes = np.array([size_of(files[key]) for key in chosen], np.int64)
-    versions = Names.of([version_of(files[key]) for key in chosen])
-    fields = names, classes, labels, store, chosen, sizes, versions, endpoint_of(store.files)
-    return RemoteImages(spec, Path(spec), *fields, notes=notes)
+    return _images(spec, names, store, chosen, files, classes=classes, labels=labels, notes=notes)
+
+
+def _open_list(spec: str) -> RemoteImages:
+    """Open a list at an address; its paths are relative to its own folder, or addresses of the same kind.
+
+    Raises:
+        DinoError: If the list does not exist, is empty, or its first image does not exist.
+    """
+    store, base = _resolve(spec[: spec.rindex("/") + 1])
+    try:
+        data = RemoteFile(spec).readall()
+    except FileNotFoundError as error:
+        raise _missing(spec, "a list of images") from error
+
+    web, mark, folder = base.partition("://") if _is_web(store) else ("", "", base)
+
+    def key_of(name: str) -> str:
+        if is_remote(name):
+            return _resolve(name)[1]
+        return web + mark + posixpath.normpath(posixpath.join(folder, name))
+
+    @cache
+    def is_file(name: str) -> bool:
+        try:
+            about = state_of(store, key_of(name)) if name else {}
+        except (FileNotFoundError, Denied):
+            return False
+        return about.get("type") == "file"
+
+    (entries, notes, columns), clash = merge_rows(parse_list(data, spec, is_file), spec, key_of)
+    chosen = [key_of(entry.name) for entry in entries]
+    try:  # one request for a thousand files, if the server lists them
+        files = {} if _is_web(store) else _list(store, base)
+    except (FileNotFoundError, Denied):
+        files = {}
+    metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
+    fields = label_fields([entry.label for entry in entries])
+    names = Names.of([entry.name for entry in entries])
+    return _images(spec, names, store, chosen, files, **fields, notes=notes, clash=clash, metadata=metadata)
+
+
+def _images(
+    spec: str, names: Names, store: Store, keys: list[str], stated: Mapping[str, Mapping[str, Any]], **fields: Any
+) -> RemoteImages:
+    """Return images at addresses; what the server states about them is asked for where a listing lacks it."""
+    # A page of links states neither sizes nor versions.
+    lacking = [key for key in keys if _is_web(store) or key not in stated]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        stated = dict(stated) | dict(zip(lacking, pool.map(lambda key: _ask(store, key), lacking), strict=True))
+    sizes = np.array([size_of(stated[key]) for key in keys], np.int64)
+    versions = Names.of([version_of(stated[key]) for key in keys])
+    about: dict[str, Any] = {"store": store, "keys": keys, "sizes": sizes, "versions": versions}
+    return RemoteImages(where=spec, root=Path(spec), names=names, **fields, **about, endpoint=endpoint_of(store.files))
+
+
+def _is_web(store: Store) -> bool:
+    return store.protocol in ("http", "https")
+
+
+def _resolve(address: str) -> tuple[Store, str]:
+    """Return the file system of an address, and the key of the file or folder in it; a slash at the end stays."""
+    store = store_of(address.partition("://")[0])
+    if _is_web(store):
+        return store, address
+    return store, store.files._strip_protocol(address) + "/" * address.endswith("/")
+
+
+def _list(store: Store, base: str) -> dict[str, Mapping[str, Any]]:
+    """Return what the server states about each file below a folder, by key.
+
+    Raises:
+        FileNotFoundError: If it does not exist or is empty.
+        DinoError: If it cannot be read.
+    """
+    where = address_of(store, base).rstrip("/")
+    address = base if _is_web(store) else base.rstrip("/")
+    found = store.retry(lambda: store.files.find(address, detail=True), where, tries=2)
+    if not found:  # fsspec's listing over HTTP hides errors of the connection
+        store.retry(lambda: store.files.info(address), where, tries=2)
+    # Keys that end with a slash are placeholders of folders.
+    files = {key: about for key, about in found.items() if key.startswith(base) and not key.endswith("/")}
+    if not files:
+        raise FileNotFoundError(where)
+    return files
+
+
+def _missing(spec: str, expected: str) -> DinoError:
+    return DinoError(f"{spec} does not exist or is empty; expected {expected}", "check the address")
 
 
 def _ask(store: Store, key: str) -> Mapping[str, Any]:
     """Return what the server states about a file; nothing if it does not exist, which reading it reports."""
     try:
-        return store.retry(lambda: store.files.info(key), key)
+        return state_of(store, key)
     except FileNotFoundError:
         return {}

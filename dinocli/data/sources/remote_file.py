@@ -8,13 +8,13 @@ from typing import Any
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.store import (
     UNKNOWN,
-    Store,
     address_of,
     endpoint_of,
     keep,
     place_of,
     size_of,
     state_of,
+    store_of,
     version_of,
 )
 
@@ -39,7 +39,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, address: str, block: int = BLOCK) -> None:
         super().__init__()
         self.address, self.block = address, block
-        self._store = Store(address.partition("://")[0])
+        self._store = store_of(address.partition("://")[0])
         self._key = address if self._store.protocol in ("http", "https") else self._store.files._strip_protocol(address)
         stated = state_of(self._store, self._key)
         self.size, self.version = size_of(stated), version_of(stated)
@@ -61,6 +61,9 @@ class RemoteFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
         return self._at
+
+    def readall(self) -> bytes:
+        return self.read(self.size - self._at) or b""
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer; less than all of it only at the end of the file.

@@ -28,7 +28,7 @@ from dinocli.data.sources.outputs import SIGNS, is_output, is_sheet, recognise
 from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.samples import classes_of, read, read_label, read_once, samples, why_refused
 from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
-from dinocli.data.sources.store import Denied, Store, address_of, size_of, state_of, version_of
+from dinocli.data.sources.store import Denied, address_of, size_of, state_of, store_of, version_of
 from dinocli.data.sources.tar import PIPE, Content, is_address, members, tape_of
 
 INDEX = "index.json"
@@ -282,7 +282,7 @@ def _measure(urls: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
 def _ask(url: str) -> Mapping[str, Any] | None:
     """Return what the server states about a shard; None if it does not exist."""
     try:
-        return state_of(Store(url.partition("://")[0]), url)
+        return state_of(store_of(url.partition("://")[0]), url)
     except FileNotFoundError:
         return None
 
@@ -329,7 +329,7 @@ def _expand(spec: str) -> list[str]:
 
 
 def _remote_paths(text: str) -> list[str]:
-    store = Store(text.partition("://")[0])
+    store = store_of(text.partition("://")[0])
     # In an address of the web, a question mark begins the query.
     if not glob.has_magic(text.replace("?", "") if store.protocol in ("http", "https") else text):
         return [text]

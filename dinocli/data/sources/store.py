@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ _SHELVES = 256  # folders of the cache; each keeps its share of the budget, so t
 UNKNOWN = -1  # size of a file whose server does not state it
 # Properties that change with the content: checksums first, then numbers and times of the last write.
 _VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "LastModified", "last_modified", "Last-Modified")
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_")  # first letters of environment variables of the packages
 T = TypeVar("T")
 
 
@@ -52,7 +54,7 @@ class Store:
         self._opened: tuple[int, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.protocol,)
+        return store_of, (self.protocol,)
 
     @property
     def files(self) -> Any:
@@ -109,6 +111,19 @@ class Store:
             and cause is not None
             and getattr(cause, "status", None) not in (404, 410)
         )
+
+
+def store_of(protocol: str) -> Store:
+    """Return the store of a protocol, which all sources of a process share: to connect takes up to a second.
+
+    After a change of the environment, such as other credentials, it is a new one.
+    """
+    return _connect(protocol, tuple(sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS))))
+
+
+@cache
+def _connect(protocol: str, settings: tuple[tuple[str, str], ...]) -> Store:
+    return Store(protocol)
 
 
 _CREDENTIALS = "set the credentials as for the cloud's own tool, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

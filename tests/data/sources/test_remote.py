@@ -1,89 +1,39 @@
 from __future__ import annotations
 
-import functools
-import http.client
-import http.server
+import io
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import SMALL, write_images
+from remote_servers import Bucket, Handler, cached
 
+from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources import store
-from dinocli.data.sources.open import open_images, open_source, splits
+from dinocli.data.sources.open import image_folder, open_images, open_source, splits
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote import RemoteImages, is_remote
+from dinocli.data.sources.shards import Shards, read_sample
+from dinocli.method.preset import load_preset
+from dinocli.train.logger import Progress
+from dinocli.train.plan import Plan, Saving
+from dinocli.train.pretrain import pretrain
 
-fsspec = pytest.importorskip("fsspec")
-
-
-@pytest.fixture(autouse=True)
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "_PAUSE", 0.01)
-
-
-def cached(folder: Path) -> list[Path]:
-    return [path for path in (folder / "cache" / "dinocli" / "remote").rglob("*") if path.is_file()]
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; the first answers to each path fail as `faults` says."""
-
-    def __init__(self, *args: Any, faults: dict[str, list[str]], **options: Any) -> None:
-        self.faults = faults
-        super().__init__(*args, **options)
-
-    def do_GET(self) -> None:
-        pending = self.faults.get(self.path, [])
-        fault = pending.pop(0) if pending else ""
-        if fault == "cut":
-            data = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[:-7])
-        elif fault:
-            self.send_error(int(fault))
-        else:
-            super().do_GET()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-def serve(handler: Any) -> tuple[http.server.ThreadingHTTPServer, str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_address[1]}"
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[tuple[str, dict[str, list[str]], Path]]:
-    pytest.importorskip("aiohttp")
-    for seed, name in enumerate(("cat", "dog")):
-        write_images(tmp_path / "site" / "photos" / name, 2, seed=seed)
-    faults: dict[str, list[str]] = {}
-    server, address = serve(functools.partial(Handler, directory=str(tmp_path / "site"), faults=faults))
-    yield f"{address}/photos", faults, tmp_path / "site" / "photos"
-    server.shutdown()
-    server.server_close()
+pytest.importorskip("fsspec")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [("s3://b/x", True), ("https://h/x/", True), ("az://c", True), ("s3://b/x.tar", False), ("hf://datasets/a/b", False),
-     ("https://h/list.csv", False), ("https://h/a.JPG", False), ("s3:/b/x", False), ("photos", False)],
+    [("s3://b/x", True), ("https://h/x/", True), ("az://c", True), ("https://h/list.csv", True),
+     ("hf://datasets/a/b", False), ("s3:/b/x", False), ("pipe:cat s3://b", False), ("photos", False)],
 )  # fmt: skip
-def test_addresses_of_folders(spec: str, expected: bool) -> None:
+def test_addresses(spec: str, expected: bool) -> None:
     assert is_remote(spec) == expected
 
 
@@ -143,97 +93,6 @@ def test_errors_over_http(web: tuple[str, dict[str, list[str]], Path]) -> None:
         open_source(f"{address}/gone")
     with pytest.raises(DinoError, match="cannot be read after 2 attempts"):
         open_source("http://127.0.0.1:9/photos")
-
-
-def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_SHELVES", 1)
-    monkeypatch.setattr(store, "_BUDGET", 2500)
-    places = [store.place_of(f"s3://b/{i}.jpg 1000") for i in range(5)]
-    for number, place in enumerate(places):
-        store.keep(place, bytes(1000))
-        os.utime(place, ns=(number, number))
-        assert place.exists()
-    store.keep(tmp_path / "large", bytes(3000))
-    assert cached(tmp_path) == [path for path in cached(tmp_path) if path in places[-2:]]
-    assert len(cached(tmp_path)) == 2
-
-
-# A real S3 endpoint on loopback.
-
-
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """Proxy that cuts or delays answers for objects, or passes them on."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *args: Any, behind: int, faults: dict[str, list[str]], asked: list[str]) -> None:
-        self.behind, self.faults, self.asked = behind, faults, asked
-        super().__init__(*args)
-
-    def handle_any(self) -> None:
-        name = self.path.partition("?")[0].rpartition("/")[2]
-        pending = self.faults.get(name, []) if self.command == "GET" else []
-        fault = pending.pop(0) if pending else ""
-        if fault == "late":
-            time.sleep(1.5)
-            self.close_connection = True
-            return
-        self.asked.append(f"{self.command} {name}")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        connection = http.client.HTTPConnection("127.0.0.1", self.behind)
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        data = answer.read()
-        self.send_response(answer.status)
-        for key, value in answer.getheaders():
-            if key.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
-                self.send_header(key, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length or "0")
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-        self.close_connection = fault == "cut"
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-class Bucket:
-    """Bucket `photos` on a server of moto, behind a proxy that fails as `faults` says for the first answers."""
-
-    def __init__(self, behind: int) -> None:
-        self.faults: dict[str, list[str]] = {}
-        self.asked: list[str] = []
-        handler = functools.partial(Proxy, behind=behind, faults=self.faults, asked=self.asked)
-        self.server, self.address = serve(handler)
-        self.files: Any = fsspec.filesystem("s3", endpoint_url=f"http://127.0.0.1:{behind}", skip_instance_cache=True)
-        if not self.files.exists("photos"):
-            self.files.mkdir("photos")
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[int]:
-    server_of = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-
-
-@pytest.fixture
-def bucket(moto: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-    made = Bucket(moto)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
-    config = {"config_kwargs": {"connect_timeout": 1, "read_timeout": 0.5, "retries": {"max_attempts": 1}}}
-    monkeypatch.setitem(fsspec.config.conf, "s3", config)
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def fill(bucket: Bucket, folder: Path, prefix: str) -> Any:
@@ -338,11 +197,144 @@ def test_errors_of_s3_are_one_line(bucket: Bucket, monkeypatch: pytest.MonkeyPat
     assert said("s3://photos/t") == "s3://photos/t may not be read: Unable to locate credentials"
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(protocol: str, **options: Any) -> Callable[[], None]:
-        raise ImportError("Install s3fs to access S3")
+# Lists, Parquet files and shards.
 
-    monkeypatch.setattr(fsspec, "filesystem", refuse)
-    with pytest.raises(DinoError, match="s3:// needs the package s3fs, which is not installed") as error:
-        open_source("s3://photos/a")
-    assert error.value.hint == "pip install 'dinocli[s3]'"
+
+def written(bucket: Bucket, prefix: str, files: dict[str, bytes | str]) -> None:
+    for name, data in files.items():
+        bucket.files.pipe_file(f"photos/{prefix}/{name}", data if isinstance(data, bytes) else data.encode())
+
+
+def test_a_list_in_s3_keeps_labels_and_columns(bucket: Bucket) -> None:
+    rows = "path,label,taken\na/x.jpg,cat,2024\n./a/x.jpg,cat,2024\na/y z.jpg,dog,2025\ngone.jpg,,\n../m/w.jpg,cat,\n"
+    written(bucket, "l", {"list.csv": rows, "a/x.jpg": b"1", "a/y z.jpg": b"22", "unlisted.jpg": b"3"})
+    written(bucket, "m", {"w.jpg": b"4444"})
+    source = open_images("s3://photos/l/list.csv")
+    assert list(source.names) == ["a/x.jpg", "a/y z.jpg", "gone.jpg", "../m/w.jpg"]
+    assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [0, 1, -1, 0])
+    assert list(source.metadata["taken"]) == ["2024", "2025", "", ""]
+    assert any("name an image again" in note for note in source.notes)
+    assert [source.read(i) for i in (0, 1, 3)] == [b"1", b"22", b"4444"]
+    with pytest.raises(FileNotFoundError):
+        source.read(2)
+    written(bucket, "l", {"other.txt": "nothing.jpg\n"})
+    with pytest.raises(DinoError, match=r"first file of s3://photos/l/other.txt does not exist: s3://photos/l/nothing"):
+        open_images("s3://photos/l/other.txt")
+    with pytest.raises(DinoError, match=r"s3://photos/l/none\.csv does not exist or is empty; expected a list"):
+        open_images("s3://photos/l/none.csv")
+
+
+def test_a_list_over_http(web: tuple[str, dict[str, list[str]], Path]) -> None:
+    address, faults, folder = web
+    (folder / "list.txt").write_text("cat/0001.png\ndog/0000.png\n../photos/cat/0000.png\n")
+    faults["/photos/list.txt"] = ["cut", "500"]
+    source = open_images(f"{address}/list.txt")
+    expected = [(folder / name).read_bytes() for name in ("cat/0001.png", "dog/0000.png", "cat/0000.png")]
+    assert [source.read(i) for i in range(3)] == expected
+
+
+def parquet(count: int, rows: int) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    tables = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": bytes([i]) * 50_000, "path": None} for i in range(count)]
+    table = pyarrow.table({"image": images, "label": [i % 2 for i in range(count)]})
+    data = io.BytesIO()
+    tables.write_table(table, data, row_group_size=rows, compression="none", use_dictionary=False)
+    return data.getvalue()
+
+
+def test_parquet_files_in_s3_are_read_by_row_group(bucket: Bucket) -> None:
+    data = parquet(100, 20)
+    written(bucket, "q", {"data/train-0.parquet": data, "data/train-1.parquet": data, "README.md": "x"})
+    bucket.faults["train-1.parquet"] = ["cut", "late"]
+    source = open_source("s3://photos/q")
+    assert not any(bucket.faults.values())
+    assert len(source) == 200 and source.names[100] == "data/train-1.parquet/0"
+    assert source.labels[:4].tolist() == [0, 1, 0, 1]
+    bucket.faults["train-0.parquet"] = ["cut"]
+    assert [source.read(i) for i in (45, 44, 145)] == [bytes([i]) * 50_000 for i in (45, 44, 45)]
+    one = open_images("s3://photos/q/data/train-0.parquet")
+    assert list(one.names[:1]) == ["train-0.parquet/0"] and one.read(99) == bytes([99]) * 50_000
+    written(bucket, "r", {"x.parquet": data[:-9]})
+    with pytest.raises(DinoError, match=r"s3://photos/r/x\.parquet cannot be read: "):
+        open_source("s3://photos/r")
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """Return two shards of six images in two classes, and their index, as `dino pack` writes them."""
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(folder / "p" / name, 3, size=16, seed=seed)
+    pack(image_folder(folder / "p"), folder / "shards", per_shard=4)
+    return {path.name: path.read_bytes() for path in (folder / "shards").iterdir() if path.suffix in (".tar", ".json")}
+
+
+def test_shards_in_s3_are_the_same_samples_as_local_ones(bucket: Bucket, tmp_path: Path) -> None:
+    files = shards(tmp_path)
+    tars = sorted(name for name in files if name.endswith(".tar"))
+    assert len(tars) > 1
+    written(bucket, "s", files)
+    bucket.faults[tars[0]] = ["cut", "late", "cut"]
+    local = open_source(str(tmp_path / "shards"))
+    numbers = "{" + tars[0].split(".")[0].rpartition("-")[2] + ".." + tars[-1].split(".")[0].rpartition("-")[2] + "}"
+    stem = tars[0].rpartition("-")[0]
+    for spec in ("s3://photos/s", f"s3://photos/s/{stem}-{numbers}.tar", f"s3://photos/s/{stem}-*.tar"):
+        source = open_source(spec)
+        assert isinstance(source, Shards) and isinstance(local, Shards)
+        assert (source.count, source.classes) == (6, ["cat", "dog"])
+        assert list(source.stream(0, 1)) == list(local.stream(0, 1))
+        endless = source.stream(0, 2, seed=3), local.stream(0, 2, seed=3)
+        assert [next(endless[0]) for _ in range(9)] == [next(endless[1]) for _ in range(9)]
+        resumed = source.stream(0, 2, seed=3, skip=7)
+        again = local.stream(0, 2, seed=3)
+        assert next(resumed) == [next(again) for _ in range(8)][-1]
+    assert not any(bucket.faults.values())
+    before = source.fingerprint
+    written(bucket, "s", {tars[0]: files[tars[0]][::-1]})
+    assert open_source("s3://photos/s").fingerprint != before
+    with pytest.raises(DinoError, match=r"s3://photos/s/none-1\.tar does not exist; expected tar shards"):
+        open_source("s3://photos/s/none-{0..1}.tar".replace("{0..1}", "{1..2}"))
+    with pytest.raises(DinoError, match="holds tar shards; expected images with random access"):
+        open_images("s3://photos/s")
+
+
+def test_without_an_index_the_shards_in_s3_are_read_but_not_counted(bucket: Bucket, tmp_path: Path) -> None:
+    files = {name: data for name, data in shards(tmp_path).items() if name.endswith(".tar")}
+    written(bucket, "u", files)
+    source, local = open_source("s3://photos/u"), open_source(str(tmp_path / "shards"))
+    assert isinstance(source, Shards) and isinstance(local, Shards)
+    assert source.count is None
+    assert [sample[:5] for sample in source.stream(0, 1)] == [sample[:5] for sample in local.stream(0, 1)]
+    name = next(source.stream(0, 1)).name
+    assert read_sample(source, name) == read_sample(local, name) != b""
+
+
+def test_a_single_image_or_archive_at_an_address_is_refused() -> None:
+    for name in ("x.jpg", "x.zip", "x.arrow", "x.mp4"):
+        with pytest.raises(DinoError, match=f"s3://b/{name} is a single file; expected a folder, tar shards, a list"):
+            open_source(f"s3://b/{name}")
+    with pytest.raises(DinoError, match="is compressed; expected plain tar files") as error:
+        open_source("s3://b/x.tar.gz")
+    assert error.value.hint == "unpack them, as with `gzip -d`"
+
+
+def test_a_run_on_shards_in_s3_resumes_to_the_same_bits(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(bucket, "v", shards(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    preset = load_preset("tiny-dino", [*SMALL, "training.batch_size=2", "training.steps_per_epoch=4"])
+
+    def run(out: str, source: str, stop: int | None = None) -> bytes:
+        def report(progress: Progress) -> None:
+            if progress.step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        saving = Saving(seconds=None, steps=1)
+        cpu = torch.device("cpu")
+        plan = Plan("tiny", preset, open_source(source), 6, Path(out), cpu, 1, None, saving=saving)
+        pretrain(plan, report)
+        return (Path(out) / "ckpt.safetensors").read_bytes()
+
+    whole = run("whole", "s3://photos/v")
+    run("stopped", "s3://photos/v", 3)
+    assert run("stopped", "s3://photos/v") == whole
