@@ -26,7 +26,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; the first answers to each path fail as `faults` says.
 
     Attributes:
-        ranges: True to send only the bytes that are asked for; Python's own server sends all.
+        ranges: True to send only the requested bytes; Python's own server sends all.
         asked: Path, first and last byte of each answer of that kind.
     """
 

@@ -31,8 +31,8 @@ Images = Annotated[
         metavar="IMAGES",
         callback=images_place,
         help="Folder of images, searched recursively; a .zip or .tar of one; a .txt or .csv list of files; .parquet or "
-        ".arrow files; tar shards (x-{000..009}.tar, a folder of them, pipe:COMMAND); s3://bucket/folder "
-        "(gs, az, https); torchvision:NAME or hf://datasets/USER/NAME.",
+        ".arrow files; tar shards (x-{000..009}.tar, a folder of them, pipe:COMMAND); any of these but archives at "
+        "s3://, gs://, az:// or https://; torchvision:NAME or hf://datasets/USER/NAME.",
     ),
 ]
 ManyImages = Annotated[
@@ -41,9 +41,9 @@ ManyImages = Annotated[
         metavar="IMAGES...",
         callback=images_places,
         help="Folders of images, searched recursively; .zip or .tar archives; .txt or .csv lists of files; .parquet or "
-        ".arrow files; tar shards (x-{000..009}.tar, a folder of them, pipe:COMMAND); s3://bucket/folder "
-        "(gs, az, https); torchvision:NAME or hf://datasets/USER/NAME. Several are read together, or in proportions: "
-        "A:0.7 B:0.3.",
+        ".arrow files; tar shards (x-{000..009}.tar, a folder of them, pipe:COMMAND); any of these but archives at "
+        "s3://, gs://, az:// or https://; torchvision:NAME or hf://datasets/USER/NAME. Several are read together, or "
+        "in proportions: A:0.7 B:0.3.",
     ),
 ]
 Photos = Annotated[

@@ -186,7 +186,7 @@ def _open_list(spec: str) -> RemoteImages:
 def _images(
     spec: str, names: Names, store: Store, keys: list[str], stated: Mapping[str, Mapping[str, Any]], **fields: Any
 ) -> RemoteImages:
-    """Return images at addresses; what the server states about them is asked for where a listing lacks it."""
+    """Return images at addresses; the server is asked about those that a listing says nothing about."""
     # A page of links states neither sizes nor versions.
     lacking = [key for key in keys if _is_web(store) or key not in stated]
     with ThreadPoolExecutor(_THREADS) as pool:

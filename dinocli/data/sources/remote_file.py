@@ -138,7 +138,7 @@ class RemoteFile(io.RawIOBase):
             now = size_of(self._store.files.info(self._key))
             if now != self.size:
                 raise Refused(f"changed: {self.address} has {now} bytes, and had {self.size} when it was opened")
-            if len(data) == self.size:  # a server that sends all bytes whatever is asked for
+            if len(data) == self.size:  # a server that always sends the whole file
                 self._whole = data
                 return data[first:end]
             raise EOFError(f"its body has {len(data)} of {end - first} bytes")

@@ -186,5 +186,5 @@ def _indexed(source: Source) -> Images:
 
 def _refuse_stream(where: str) -> DinoError:
     return DinoError(
-        f"{where} is a stream; sources that are joined need random access", "name local tar files, or the pipe alone"
+        f"{where} is a stream; sources that are joined need random access", "name local tar files, or the stream alone"
     )

@@ -19,7 +19,7 @@ Web = tuple[str, dict[str, list[str]], Path]
 
 @pytest.fixture(name="film")
 def written(web: Web, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """Write `film.bin`, of 10,240 bytes without a pattern, to a server that sends only what is asked for."""
+    """Write `film.bin`, of 10,240 bytes without a pattern, to a server that sends only the requested bytes."""
     monkeypatch.setattr(Handler, "ranges", True)
     monkeypatch.setattr(Handler, "asked", [])
     data = random.Random(0).randbytes(10_240)
