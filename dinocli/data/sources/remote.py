@@ -206,7 +206,8 @@ def _resolve(address: str) -> tuple[Store, str]:
     store = store_of(address.partition("://")[0])
     if _is_web(store):
         return store, address
-    return store, store.files._strip_protocol(address) + "/" * address.endswith("/")
+    # The packages differ in whether they strip the slash too.
+    return store, store.files._strip_protocol(address).rstrip("/") + "/" * address.endswith("/")
 
 
 def _list(store: Store, base: str) -> dict[str, Mapping[str, Any]]:

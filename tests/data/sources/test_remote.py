@@ -197,6 +197,41 @@ def test_errors_of_s3_are_one_line(bucket: Bucket, monkeypatch: pytest.MonkeyPat
     assert said("s3://photos/t") == "s3://photos/t may not be read: Unable to locate credentials"
 
 
+class Keys:
+    """File system of fsspec that keeps the slash at the end of an address, as those of gs:// and az:// do."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.held = files
+
+    def _strip_protocol(self, address: str) -> str:
+        return address.partition("://")[2]
+
+    def info(self, key: str) -> dict[str, Any]:
+        key = self._strip_protocol(key) or key
+        if key not in self.held:
+            raise FileNotFoundError(key)
+        return {"name": key, "size": len(self.held[key]), "type": "file", "etag": str(self.held[key])}
+
+    def find(self, folder: str, detail: bool) -> dict[str, dict[str, Any]]:
+        return {key: self.info(key) for key in self.held if key.startswith(folder)}
+
+    def cat_file(self, key: str, start: int, end: int) -> bytes:
+        return self.held[key][start:end]
+
+
+def test_folders_and_lists_of_packages_that_keep_the_last_slash(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    held = {"b/p/cat/x.jpg": b"1", "b/p/dog/y.jpg": b"22", "b/pets/z.jpg": b"3", "b/l.csv": b"path\np/dog/y.jpg\n"}
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **options: Keys(held))
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "of this test")
+    for spec in ("gs://b/p", "gs://b/p/"):
+        source = open_images(spec)
+        assert (list(source.names), source.classes) == (["cat/x.jpg", "dog/y.jpg"], ["cat", "dog"])
+        assert source.read(1) == b"22"
+    assert open_images("gs://b/l.csv").read(0) == b"22"
+
+
 # Lists, Parquet files and shards.
 
 
