@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.client
 import http.server
+import json
 import re
 import threading
 import time
@@ -16,6 +18,8 @@ import pytest
 from conftest import write_images
 
 from dinocli.data.sources import store
+
+COMMIT = "a" * 40  # of the data set on the hub
 
 
 def cached(folder: Path) -> list[Path]:
@@ -120,6 +124,54 @@ class Bucket:
         self.files: Any = fsspec.filesystem("s3", endpoint_url=f"http://127.0.0.1:{behind}", skip_instance_cache=True)
         if not self.files.exists("photos"):
             self.files.mkdir("photos")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Data set `me/pets` of the Hugging Face hub, with the files of a folder; the first answers fail as `faults` says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *args: Any, folder: Path, faults: dict[str, list[str]], **options: Any) -> None:
+        self.folder, self.faults = folder, faults
+        super().__init__(*args, **options)
+
+    def handle_any(self) -> None:
+        path = self.path.partition("?")[0]
+        name = path.removeprefix(f"/datasets/me/pets/resolve/{COMMIT}/")
+        pending = self.faults.get(name, []) if self.command == "GET" else []
+        fault = pending.pop(0) if pending else ""
+        headers, data, status = {"Content-Type": "application/json"}, b"{}", 404
+        if path.startswith("/api/datasets/me/pets/revision/"):
+            status, data = 200, json.dumps({"id": "me/pets", "sha": COMMIT, "siblings": []}).encode()
+        elif path == f"/api/datasets/me/pets/tree/{COMMIT}":
+            files = sorted(file for file in self.folder.rglob("*") if file.is_file())
+            tree = [
+                {"type": "file", "oid": _digest(file.read_bytes()), "size": file.stat().st_size,
+                 "path": file.relative_to(self.folder).as_posix()}
+                for file in files
+            ]  # fmt: skip
+            status, data = 200, json.dumps(tree).encode()
+        elif name != path and (self.folder / name).is_file():
+            status, data = 200, (self.folder / name).read_bytes()
+            headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": COMMIT}
+        if fault.isdecimal():
+            status, data, headers = int(fault), b"{}", {"Content-Type": "application/json"}
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection = fault == "cut"
+
+    do_GET = do_HEAD = handle_any
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 @pytest.fixture

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +14,11 @@ import numpy as np
 import pytest
 from conftest import write_images
 from huggingface_hub.errors import LocalEntryNotFoundError
+from remote_servers import Hub, serve
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import open_images, splits
 
 
@@ -36,6 +44,37 @@ def test_a_data_set_is_downloaded_and_read(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(open_images(spec)) == count
     assert asked == [("me/pets", {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns})]
+
+
+def test_a_real_download_is_cut_fails_and_is_read_from_the_hubs_cache(tmp_path: Path) -> None:
+    """The hub's own package against a server with its interface, in processes of their own: it reads its address once."""
+    for seed, name in enumerate(("train/cat", "train/dog", "test/dog")):
+        write_images(tmp_path / "set" / name, 2, size=16, seed=seed)
+    (tmp_path / "set" / "README.md").write_text("pets")
+    faults = {"train/cat/0001.png": ["503", "cut"], "test/dog/0000.png": ["cut"]}
+    server, address = serve(functools.partial(Hub, folder=tmp_path / "set", faults=faults))
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf")}
+
+    def read() -> subprocess.CompletedProcess[str]:
+        text = (
+            "from dinocli.data.sources.open import splits; import zlib\n"
+            "for name, part in splits('hf://datasets/me/pets@main').items():\n"
+            "    print(name, part.classes, [zlib.crc32(part.read(i)) for i in range(len(part))])"
+        )
+        return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+
+    expected = ""
+    for split, part in splits(str(tmp_path / "set")).items():
+        assert isinstance(part, Images)
+        expected += f"{split} {part.classes} {[zlib.crc32(part.read(i)) for i in range(len(part))]}\n"
+    online = read()
+    assert online.stdout == expected, online.stderr
+    assert not any(faults.values())
+    server.shutdown()
+    server.server_close()
+    assert read().stdout == expected, "from the cache"
+    shutil.rmtree(tmp_path / "hf")
+    assert "hf://datasets/me/pets@main could not be downloaded" in read().stderr
 
 
 def test_splits_take_the_settings_of_images_and_several_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
