@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -173,13 +174,15 @@ def _has_images(path: str) -> bool:
         return False
 
 
-def open_parquet(spec: str) -> ParquetImages:
-    """Open Parquet or Arrow files: one, or all in a folder.
+def open_parquet(*specs: str) -> ParquetImages:
+    """Open Parquet or Arrow files, or all in folders, as one source.
 
     Raises:
         DinoError: If pyarrow is missing, a file is corrupt, or there is no column of images.
     """
-    return _open_files(spec, _files(spec))
+    if len(specs) == 1:
+        return _open_files(specs[0], _files(specs[0]))
+    return _open_files(shlex.join(specs), [path for spec in specs for path in _files(spec)])
 
 
 def open_remote_parquet(where: str, addresses: Sequence[str]) -> ParquetImages:
@@ -253,11 +256,10 @@ def _name(label: Any, names: Sequence[str] | None) -> str | None:
 
 
 def _title(path: str, where: str) -> str:
-    """Return the name of a file in the folder that the user named."""
-    if os.path.isdir(where):
-        return os.path.relpath(path, where)
-    below = path.removeprefix(where.rstrip("/") + "/")
-    return os.path.basename(path) if below == path else below
+    """Return the name of a file in the folder that the user named; its path if there are several files or folders."""
+    if path == where:
+        return os.path.basename(path)
+    return os.path.relpath(path, where) if os.path.isdir(where) else path.removeprefix(where.rstrip("/") + "/")
 
 
 def _list_file(path: str) -> _Table:

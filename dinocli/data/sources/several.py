@@ -21,6 +21,7 @@ from dinocli.data.sources.kinds import kind_of
 from dinocli.data.sources.listing import ARRAY, JUNK, SUFFIXES, Names
 from dinocli.data.sources.open import Source, is_archive, open_source
 from dinocli.data.sources.outputs import SIGNS, Ours, is_output, is_sheet, recognise
+from dinocli.data.sources.parquet import is_parquet, open_parquet
 from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards, open_shards
@@ -70,6 +71,8 @@ def _open_expanded(where: str, expanded: Sequence[str]) -> Source:
         return open_source(expanded[0])
     if all(is_shards(path) and not is_archive(path) for path in expanded):
         return open_shards(*expanded)
+    if all(map(is_parquet, expanded)):  # as one source, which keeps few row groups in memory
+        return open_parquet(*expanded)
     files = [path for path in expanded if _is_photo(path)]
     labels, held = np.full(len(files), -1, np.int32), any(holder_of(path) for path in files)
     title = files[0] if len(files) == 1 else "image files"

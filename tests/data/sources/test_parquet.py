@@ -226,3 +226,19 @@ def test_a_table_of_features_beside_arrays_is_no_set_of_images(tmp_path: Path, n
     assert not is_parquet(str(tmp_path)), "it has no column of images"
     parquet_file(tmp_path / "data.parquet", table(rows(b"x")))
     assert is_parquet(str(tmp_path))
+
+
+def test_several_files_are_one_source_that_keeps_few_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, names in (("x", ["cat", "dog"]), ("y", ["dog", "cat"])):
+        parquet_file(tmp_path / "data" / f"{name}.parquet", table(rows(*CONTENTS), [0, 1, 0, 1, 0], names))
+    source = open_sources(["data/*.parquet"])
+    assert isinstance(source, parquet.ParquetImages)
+    assert source.names[4:6] == ["data/x.parquet/4", "data/y.parquet/0"]
+    assert [source.classes[label] for label in source.labels.tolist()] == ["cat", "dog"] * 2 + ["cat"] + [
+        "dog", "cat", "dog", "cat", "dog",
+    ]  # fmt: skip
+    assert [source.read(i) for i in range(10)] == CONTENTS * 2
+    assert open_sources(["data/y.parquet", "data/x.parquet"]).fingerprint != source.fingerprint
