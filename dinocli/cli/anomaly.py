@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -156,7 +157,8 @@ def anomaly(
             written += told["written"]
     if json:
         console.out_json(told | {"written": written})
-    console.saved(written)
+    bank_file = next((path for path in written if path.endswith(".safetensors")), normal)
+    console.saved(written, f"dino anomaly {quote(bank_file)} --test IMAGES")
 
 
 def _open(path: Path, options: NetworkOptions) -> tuple[Bank, Encoder]:

@@ -224,7 +224,7 @@ def _draw_photos(
         console.table(["image", *(e.source for e in encoders)], [*cells, average_row], title=title)
     for d in () if json else drawn:
         console.out(str(d.picture))
-    console.saved(path for d in drawn for path in (d.picture, d.raw) if path)
+    console.saved((path for d in drawn for path in (d.picture, d.raw) if path), "dino segment IMAGES")
 
 
 def _list_drawn(drawn: Drawn) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def _draw_points(
     else:
         for one in drawn:
             console.out(one["picture"])
-    console.saved(one["picture"] for one in drawn)
+    console.saved((one["picture"] for one in drawn), "dino match PHOTO OTHER_PHOTO --point X,Y")
 
 
 def _draw_films(
@@ -344,7 +344,7 @@ def _draw_films(
             console.out(str(path))
     if json:
         console.out_json([{"film": str(m.path), "frames": m.frames, "skipped": m.skipped} for m in made])
-    console.saved(m.path for m in made)
+    console.saved((m.path for m in made), "dino track FRAMES --mask MASK")
 
 
 def _find_masks(files: dict[Path, Path], folder: Path) -> tuple[dict[Path, Path], dict[str, str]]:

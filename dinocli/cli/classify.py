@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -151,7 +152,8 @@ def classify(
         )
     if len(groups) > PAGES * SHEET_ROWS:
         console.say(f"note: the pictures show {PAGES * SHEET_ROWS} of the {len(groups)} classes")
-    console.saved(written)
+    again = f"dino classify IMAGES --with {quote(str(saved))} --sort-into sorted"
+    console.saved(written, "dino plot" if sort_into else again)
 
 
 def _describe(path: Path, classifier: Classifier) -> str:

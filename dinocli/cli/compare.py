@@ -135,7 +135,7 @@ def compare(
         console.table(["figure", *networks], list_rows(result), title=_format_title(result))
         for line in result.verdicts:
             console.out(line)
-    console.saved([out / PAGE])
+    console.saved([out / PAGE], "dino finetune DATA --from WEIGHTS")
 
 
 def _prepare(encoder: Encoder, name: str, setting: Setting) -> tuple[dict[str, Features], Features | None]:

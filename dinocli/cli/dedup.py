@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,12 +129,12 @@ def dedup(
         ]
         numbers = {"images": count, "threshold": threshold, "pairs": found.pairs, "kept": len(kept)}
         console.out_json({**numbers, "groups": told, "files": list(map(str, files))})
-        return
-    numbers = {"images": count, "pairs": found.pairs, "groups": len(groups), "largest": largest, "kept": len(kept)}
-    console.table(list(numbers), [[str(number) for number in numbers.values()]])
-    for path in files:
-        console.out(str(path))
-    console.saved(files)
+    else:
+        numbers = {"images": count, "pairs": found.pairs, "groups": len(groups), "largest": largest, "kept": len(kept)}
+        console.table(list(numbers), [[str(number) for number in numbers.values()]])
+        for path in files:
+            console.out(str(path))
+    console.saved(files, f"dino pretrain {quote(str(out / 'keep.txt'))}" if (out / "keep.txt") in files else "")
 
 
 def _compare(gallery: Gallery, threshold: float | None, all_pairs: bool) -> tuple[Alike | None, Floats]:

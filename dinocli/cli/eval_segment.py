@@ -196,4 +196,4 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
         ],
     )
     console.out(str(path))
-    console.saved([path])
+    console.saved([path], "dino segment IMAGES")

@@ -172,7 +172,7 @@ def export(
         console.out_json(about | measured)
     else:
         console.out(str(done.path))
-    console.saved([done.path])
+    console.saved([done.path], f"dino push {quote(source)}")
 
 
 def _export_features(source: str | None, to: TableFormat, out: Path | None, *, json: bool) -> None:
@@ -192,7 +192,8 @@ def _export_features(source: str | None, to: TableFormat, out: Path | None, *, j
     else:
         for paths in files.values():
             console.out(str(paths[0]))
-    console.saved(path for paths in files.values() for path in paths)
+    written = (path for paths in files.values() for path in paths)
+    console.saved(written, f"dino plot --features {quote(str(place))}")
 
 
 _LIBRARY = {

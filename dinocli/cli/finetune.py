@@ -249,7 +249,6 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
             facts |= saved
             if not json:
                 print_class_accuracies(saved["per_class"])
-            console.saved([saved["predictions"], saved["confusion"]])
     return facts
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +26,9 @@ from dinocli.cli.options import FeatureFolder, Json, Temperature, features_or_ne
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.apps.search.index import Index
     from dinocli.evals.knn import KnnResult
+    from dinocli.features.store import Features
 
 
 def knn(
@@ -38,6 +42,15 @@ def knn(
         ),
     ] = None,
     temperature: Temperature = 0.07,
+    index: Annotated[
+        Literal["exact", "ivf"],
+        typer.Option(
+            "--index",
+            help="exact compares each image with all training images; ivf with those of near groups, for millions of "
+            "images: its recall is measured and printed.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "exact",
     predictions: PredictionsFile = None,
     save: Save = False,
     out: ClassifierFile = CLASSIFIER,
@@ -49,6 +62,7 @@ def knn(
         dino knn
         dino knn --features features --k 10 --k 20
         dino knn --save --predictions predictions.csv
+        dino knn --index ivf
     """
     out = classifier_place(out, save=save)
     predictions = predictions_place(predictions)
@@ -77,12 +91,22 @@ def knn(
         )
     console.notes(filter(None, [describe_imbalance(train.labels, train.classes)]))
     ks = k or [n for n in (10, 20) if n <= most] or [most]
-    result = knn(train, test, ks, temperature)
-    about = {"checkpoint": train.provenance.source, "run": train.provenance.run or None, "step": train.provenance.step}
+    found_index = _index(train, folder) if index == "ivf" else None
+    find = found_index.search if found_index else None
+    result = knn(train, test, ks, temperature, find)
+    about: dict[str, Any] = {
+        "checkpoint": train.provenance.source,
+        "run": train.provenance.run or None,
+        "step": train.provenance.step,
+    }
+    if found_index:
+        recall = found_index.about.recall
+        about["recall"] = recall
+        console.say(f"ivf index: found {recall:.1%} of the ten nearest in a sample of training images")
     kept: dict[str, Any] = {}
     written: list[object] = []
     if predictions or save:
-        chosen, calibration, found = predict_by_votes(train, test, ks, temperature)
+        chosen, calibration, found = predict_by_votes(train, test, ks, temperature, find)
         kept = {"chosen_k": chosen, "calibration": asdict(calibration)}
         if save:
             from dinocli.apps.classify.classifier import Classifier, VoteRule, write_classifier
@@ -115,7 +139,17 @@ def knn(
             listed = " and ".join(map(str, ks))
             console.say(f"k {chosen}: the best of {listed} in leave-one-out on training images")
         print_calibration(calibration)
-    console.saved(written, f"dino classify IMAGES --with {out}" if save else "")
+    following = (
+        f"dino classify IMAGES --with {quote(str(out))}" if save else f"dino linear --features {quote(str(folder))}"
+    )
+    console.saved(written, following)
+
+
+def _index(train: Features, folder: Path) -> Index:
+    from dinocli.apps.search.index import digest_of, open_index
+
+    with console.progress("ivf index", len(train), "images") as advance:
+        return open_index(train.values, "ivf", folder / "knn", digest_of(train.values), advance)
 
 
 def _print(result: KnnResult, maker: str) -> None:

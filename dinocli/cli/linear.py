@@ -141,7 +141,7 @@ def linear(
             print_class_accuracies(kept["per_class"])
     if trained.probe:
         print_calibration(trained.probe.result.calibration)
-    console.saved(written, f"dino classify IMAGES --with {out}" if save and trained.probe else "")
+    console.saved(written, f"dino classify IMAGES --with {out}" if save and trained.probe else "dino linear --save")
 
 
 class _Trained(NamedTuple):

@@ -185,12 +185,12 @@ def match_photos(
     if json:
         result = {"picture": str(picture), "pairs": _list_pairs(*maps, matches)}
         console.out_json(result | ({"keypoints": len(known[0]), "pck": [asdict(s) for s in scores]} if known else {}))
-        return
-    if known:
+    elif known:
         title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
         console.table(["threshold", "found", "same place", "chance"], _format_rows(scores), title=title)
-    console.out(str(picture))
-    console.saved([picture])
+    if not json:
+        console.out(str(picture))
+    console.saved([picture], "dino match PHOTO OTHER_PHOTO --point X,Y")
 
 
 def _place_picture(a: Path, b: Path, out: Path, suffix: str = "") -> Path:
@@ -261,7 +261,7 @@ def _draw_similarities(
         columns = list(found[0])[len(encoders) == 1 :]
         cells = [[one[key] for key in columns] for one in found]
         console.table(columns, [[cell if isinstance(cell, str) else f"{cell:g}" for cell in row] for row in cells])
-    console.saved([picture])
+    console.saved([picture], "dino attn-map IMAGES --point X,Y")
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:

@@ -48,13 +48,13 @@ def images_places(context: typer.Context, value: list[str]) -> list[str]:
 
 def _check_images(words: Words, value: str) -> None:
     from dinocli.data.sources.hub import HUB
-    from dinocli.data.sources.remote import is_remote
+    from dinocli.data.sources.remote import is_remote, is_single
     from dinocli.weights.identify import NAMES, kind_of
 
     kind = kind_of(value)
     if words.command == "pack":
         _check_pack(words, kind)
-    if value.startswith(HUB) or is_remote(value):
+    if value.startswith(HUB) or (is_remote(value) and not is_single(value)):
         return
     hint = _hint_for_images(words, value, kind)
     if hint:
@@ -101,8 +101,7 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         )
     if kind == "address":
         if value.endswith(".tar"):
-            read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
-            return _replace_value(words, value, f"pipe:{read.format(value)}")
+            return _replace_value(words, value, f"pipe:curl -sL {value}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
         return f"copy it here first, then {_replace_value(words, value, name)}"
     return "name a folder of images" if kind == "graph" else ""

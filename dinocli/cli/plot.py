@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -129,7 +130,7 @@ def plot(
                 "written": written,
             }
         )
-    console.saved(written)
+    console.saved(written, f"dino search IMAGES --features {quote(str(gallery.folder))}")
 
 
 def _columns(gallery: Gallery, clusters: int | None, table: Path | None, color: str | None, seed: int) -> list[Column]:

@@ -66,4 +66,4 @@ def report(
     else:
         shown = rows if values else [row for row in rows if row[0] in ("step", *_KEYS) or row[0].endswith(_SUFFIXES)]
         console.table(["last value", *logged], shown)
-    console.saved([folder / REPORT])
+    console.saved([folder / REPORT], "dino runs")

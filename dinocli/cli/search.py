@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -24,7 +25,8 @@ from dinocli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from dinocli.apps.search.index import Index, Kind
+    from dinocli.apps.search.index import About, Index, Kind
+    from dinocli.apps.search.search import Hits
     from dinocli.features.gallery import Gallery
 
 
@@ -101,13 +103,17 @@ def search(
     if json:
         told = {"index": about.kind, "recall": about.recall, "images": len(gallery), "found": [asdict(h) for h in hits]}
         console.out_json({**told, "skipped": asked.skipped, "pictures": pictures})
-        return
+    else:
+        _print(hits, gallery, about, pictures)
+    console.saved(pictures, f"dino dedup --features {quote(str(folder))}")
+
+
+def _print(hits: list[Hits], gallery: Gallery, about: About, pictures: list[str]) -> None:
     rows = [[Path(h.query).name, n.image, f"{n.cosine:.4f}", n.label or ""] for h in hits for n in h.neighbours]
     how = "exact search" if about.kind == "exact" else f"{about.kind} index, recall@10 {about.recall:.3f}"
     console.table(["photo", "image", "cosine", "class"], rows, title=f"nearest of {len(gallery)} images ({how})")
     for picture in pictures:
         console.out(picture)
-    console.saved(pictures)
 
 
 def _open_index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:

@@ -144,7 +144,7 @@ def _draw_each(
     else:
         for d in drawn:
             console.out(str(d.picture))
-    console.saved(path for d in drawn for path in (d.picture, d.mask) if path)
+    console.saved((path for d in drawn for path in (d.picture, d.mask) if path), "dino match PHOTO OTHER_PHOTO")
 
 
 def _draw_pca(
@@ -174,4 +174,4 @@ def _draw_pca(
     else:
         for page in pages:
             console.out(str(page))
-    console.saved(pages)
+    console.saved(pages, "dino match PHOTO OTHER_PHOTO")

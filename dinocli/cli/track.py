@@ -162,15 +162,14 @@ def track_frames(
         paths = {"masks": str(done.masks), "gif": str(done.gif), "strip": str(done.strip)}
         scores = {"score": _to_dict(done.score), "copying the first mask": _to_dict(done.still)} if done.score else {}
         console.out_json(paths | {"frames": done.frames, "skipped": done.skipped} | scores)
-        return
-    if done.score and done.still:
+    elif done.score and done.still:
         rows = [_format_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
         rows += [_format_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
         title = f"{done.score.frames} frames of {encoder.source}, without the first and the last, in percent"
         console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
-    for path in (done.strip, done.gif, done.masks):
+    for path in () if json else (done.strip, done.gif, done.masks):
         console.out(str(path))
-    console.saved([done.strip, done.gif, done.masks])
+    console.saved([done.strip, done.gif, done.masks], "dino eval track FRAMES --mask MASK --truth MASKS")
 
 
 def _format_row(name: str, score: Score, still: Score) -> list[str]:

@@ -345,7 +345,7 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
         following = f"dino extract {run.checkpoint.name if linked else run.checkpoint} DATA"
     elif "classifier" in more:
         following = f"dino classify IMAGES --with {more['classifier']}"
-    console.saved([run.folder], following)
+    console.saved([run.folder, *(more[key] for key in ("predictions", "confusion") if key in more)], following)
 
 
 def _link(checkpoint: Path, *, unfinished: bool) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,10 @@ from dinocli.features.store import Features
 # Block sizes bound the memory; each block of queries reads all voters once.
 _QUERIES = 16384
 _CELLS = 2**22  # votes per block: queries times classes
+
+
+# Function from queries [Q, D] and k to the cosines and rows of the nearest features, [Q, k] each, as of `nearest`.
+Search = Callable[[NDArray[Any], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class KnnResult:
     temperature: float
 
 
-def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: float = 0.07) -> KnnResult:
+def knn(
+    train: Features, test: Features | None, ks: Sequence[int], temperature: float = 0.07, search: Search | None = None
+) -> KnnResult:
     """Classify by the weighted vote of the k nearest images in cosine similarity.
 
     Args:
@@ -70,6 +77,7 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
         test: Labelled images to classify. If None, each training image is classified by the others.
         ks: Numbers of neighbours.
         temperature: Temperature of the votes; each weighs exp(similarity / temperature).
+        search: Search among the training features. If None, the exact one.
 
     Raises:
         DinoError: If a k is below 1 or above the number of voters, or there are no voters or queries.
@@ -80,14 +88,15 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
     queries = train if test is None else test
     ascending = sorted(set(ks))
     ranks = np.empty((len(ascending), len(queries)), dtype=np.int64)
-    for block, similarities, rows in _neighbours(train, queries.values, ascending[-1], _rows_if(test is None, queries)):
+    own = _rows_if(test is None, queries)
+    for block, similarities, rows in _neighbours(train, queries.values, ascending[-1], own, search):
         ranks[:, block] = _rank(similarities, train.labels[rows], queries.labels[block], ascending, train, temperature)
     scores = {k: _score(k, some, queries.labels) for k, some in zip(ascending, ranks, strict=True)}
     return KnnResult([scores[k] for k in ks], len(queries), voters, len(train.classes), test is None, temperature)
 
 
 def predict_by_votes(
-    train: Features, test: Features | None, ks: Sequence[int], temperature: float = 0.07
+    train: Features, test: Features | None, ks: Sequence[int], temperature: float = 0.07, search: Search | None = None
 ) -> tuple[int, Calibration, Predictions]:
     """Predict each test image by the vote, with the k that is best in leave-one-out on training images.
 
@@ -98,6 +107,7 @@ def predict_by_votes(
         test: Labelled images to classify. If None, each training image is classified by the others.
         ks: Numbers of neighbours to choose from, which must be valid for `knn`.
         temperature: Temperature of the votes.
+        search: Search among the training features. If None, the exact one.
 
     Returns:
         Chosen k, calibration, and predictions.
@@ -107,7 +117,7 @@ def predict_by_votes(
     truth = train.labels[rows]
     chosen, logits, hits = others[0], np.empty(0), -1
     for k in others:
-        found = np.concatenate(list(vote_logits(train, train.values[rows], k, temperature, rows)))
+        found = np.concatenate(list(vote_logits(train, train.values[rows], k, temperature, rows, search)))
         correct = int((found.argmax(1) == truth).sum())
         if correct > hits:
             chosen, logits, hits = k, found, correct
@@ -115,7 +125,7 @@ def predict_by_votes(
     queries = train if test is None else test
     own = _rows_if(test is None, queries)
     parts, first = list[Predictions](), 0
-    for block in vote_logits(train, queries.values, chosen, temperature, own):
+    for block in vote_logits(train, queries.values, chosen, temperature, own, search):
         some = slice(first, first + len(block))
         labels, first = queries.labels[some], some.stop
         # A class without votes is no answer.
@@ -127,7 +137,12 @@ def predict_by_votes(
 
 
 def vote_logits(
-    train: Features, queries: Values, k: int, temperature: float, own: NDArray[np.int64] | None = None
+    train: Features,
+    queries: Values,
+    k: int,
+    temperature: float,
+    own: NDArray[np.int64] | None = None,
+    search: Search | None = None,
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the logarithms of the votes for blocks of queries. [B, classes]
 
@@ -140,9 +155,10 @@ def vote_logits(
         k: Number of neighbours, fewer than the images that vote if the queries are among them.
         temperature: Temperature of the votes.
         own: Row of each query among the voters, which then does not vote on itself. If None, all vote. [Q]
+        search: Search among the training features. If None, the exact one.
     """
     classes = len(train.classes)
-    for _, similarities, rows in _neighbours(train, queries, k, own):
+    for _, similarities, rows in _neighbours(train, queries, k, own, search):
         step = max(1, _CELLS // max(classes, k))
         for start in range(0, len(rows), step):
             some = slice(start, start + step)
@@ -159,12 +175,13 @@ def _rows_if(leave_one_out: bool, queries: Features) -> NDArray[np.int64] | None
 
 
 def _neighbours(
-    train: Features, queries: Values, k: int, own: NDArray[np.int64] | None
+    train: Features, queries: Values, k: int, own: NDArray[np.int64] | None, search: Search | None = None
 ) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.int64]]]:
     """Yield the similarities and rows of the k nearest images for blocks of queries, without each query itself."""
     for first in range(0, len(queries), _QUERIES):
         block = slice(first, first + _QUERIES)
-        similarities, rows = nearest(train.values, queries[block], k + (own is not None))
+        count = k + (own is not None)
+        similarities, rows = search(queries[block], count) if search else nearest(train.values, queries[block], count)
         if own is not None:
             similarities, rows = _drop_self(similarities, rows, own[block])
         yield block, similarities, rows
@@ -243,8 +260,10 @@ def votes(
     Yields:
         Votes for one k, in units of the nearest neighbour's vote. The array is overwritten for the next k. [Q, classes]
     """
-    # Dividing by the nearest neighbour's weight changes no ranking and prevents overflow at low temperatures.
-    weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / temperature)
+    # Dividing by the nearest neighbour's weight changes no ranking and prevents overflow at low temperatures. A
+    # neighbour that an approximate search did not find has the similarity -inf and no weight.
+    most = np.maximum(similarities[:, :1], -1)
+    weights = np.exp((similarities.astype(np.float64) - most) / temperature)
     cells = labels + np.arange(len(labels))[:, None] * classes
     totals = np.zeros(len(labels) * classes)
     for fewer, k in pairwise([0, *ks]):

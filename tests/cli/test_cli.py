@@ -1105,6 +1105,10 @@ def test_knn_prints_the_run_and_the_step_and_has_a_valid_default_k(dino: Dino, t
     assert "│ 20 │" not in done.stdout, "of 18 images 17 can vote"
     told = json.loads(dino("knn", "--json").stdout)
     assert (told["checkpoint"], told["run"], told["step"]) == ("ckpt.safetensors", "runs/tiny-1", 2)
+    done = dino("knn", "--index", "ivf", "--json")
+    assert json.loads(done.stdout) == {**told, "recall": 1.0}, "one list holds all of so few images"
+    assert "ivf index: found 100.0% of the ten nearest in a sample of training images" in done.stderr
+    assert Path("features/knn/index.ivf/about.json").is_file()
     assert "linear probe of ckpt.safetensors (runs/tiny-1, step 2)" in dino("linear", "--epochs", "1").stdout
     for k, message in (
         ("0", "--k 0 is below 1"),
@@ -1195,7 +1199,8 @@ def test_features_are_written_for_other_tools(dino: Dino, tmp_path: Path, labell
     assert done.stderr.endswith("next: dino knn --features features\n")
     again = dino("export", "--to", "csv", "--out", "other")
     assert again.stdout == "other/train.csv\nother/val.csv\n"
-    assert again.stderr.endswith("results saved to other/train.csv, other/train.json, other/val.csv, other/val.json\n")
+    names = "other/train.csv, other/train.json, other/val.csv, other/val.json"
+    assert again.stderr.endswith(f"results saved to {names}\nnext: dino plot --features features\n")
     for name in ("train.csv", "val.json"):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "features" / name).read_bytes()
     one = dino("export", "features/val.safetensors", "--to", "npy", "--json")

@@ -39,7 +39,7 @@ def parts(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
 def test_defects_are_found_scored_and_drawn(parts: Dino) -> None:
     line = ["anomaly", "parts", "--test", "test", "--truth", "masks", "--short-side", "32", "--device", "cpu"]
     done = parts(*line)
-    assert done.stderr.splitlines()[-1] == (
+    assert done.stderr.splitlines()[-2] == (
         "results saved to anomalies/bank.safetensors, anomalies/anomalies.png, anomalies/maps/, anomalies/scores.csv"
     )
     assert "AUROC" in done.stdout and "dent" in done.stdout
@@ -54,10 +54,13 @@ def test_defects_are_found_scored_and_drawn(parts: Dino) -> None:
     stored = parts("anomaly", "anomalies/bank.safetensors", "--test", "test/dent/000.png", "--json", "--out", "second")
     [one] = json.loads(stored.stdout)["images"]
     assert one["score"] == pytest.approx(scores["test/dent/000.png"], rel=1e-4)
-    assert stored.stderr.splitlines()[-1] == "results saved to second/anomalies.png, second/maps/, second/scores.csv"
+    assert stored.stderr.splitlines()[-2] == "results saved to second/anomalies.png, second/maps/, second/scores.csv"
     assert "written by dino" in parts("pretrain", ".", "--preset", "tiny", "--dry-run", *SMALL).stderr
     only = parts("anomaly", "parts", "--short-side", "32", "--device", "cpu", "--out", "only")
-    assert only.stderr.splitlines()[-1] == "results saved to only/bank.safetensors"
+    assert only.stderr.splitlines()[-2:] == [
+        "results saved to only/bank.safetensors",
+        "next: dino anomaly only/bank.safetensors --test IMAGES",
+    ]
 
 
 def test_mistakes_are_one_error_and_one_hint(parts: Dino) -> None:

@@ -52,7 +52,7 @@ def test_a_saved_classifier_gives_the_predictions_of_the_evaluation(
     assert len(tested) == 14
     line = ["classify", "data/val", "--csv", "new.csv", "--sort-into", "sorted", "--device", "cpu"]
     done = learned(*line)
-    assert done.stderr.splitlines()[-1] == "results saved to classify.png, new.csv, sorted/"
+    assert done.stderr.splitlines()[-2] == "results saved to classify.png, new.csv, sorted/"
     with open("new.csv", newline="") as file:
         new = {row["image"].removeprefix("data/val/"): row for row in csv.DictReader(file)}
     assert {name: row["predicted"] for name, row in tested.items()} == {name: row["class"] for name, row in new.items()}

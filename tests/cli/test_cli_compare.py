@@ -39,7 +39,7 @@ def test_the_command_prints_a_table_and_a_verdict_and_writes_a_page(
     assert code == 0
     assert "linear probe, %" in out and "LiDAR" in out and "images/s" in out
     assert "other.safetensors" in out.splitlines()[-1] and "95 % interval" in out.splitlines()[-1]
-    assert err.splitlines()[-1] == "results saved to compare/compare.html"
+    assert err.endswith("results saved to compare/compare.html\nnext: dino finetune DATA --from WEIGHTS\n")
     assert Path("compare/compare.html").is_file() and Path("compare/compare.png").is_file()
     code, out, err = run(
         monkeypatch, capsys, networks[0], *networks, "--on", "labelled", "--no-linear", "--json", *FAST

@@ -27,7 +27,8 @@ def test_a_fine_tuned_network_classifies_photos(
     printed = json.loads(out)
     assert 0 <= printed["interval"][0] <= printed["top1"] <= printed["interval"][1] <= 100
     assert "18 training images, 2 held out, 12 to test; 2 classes" in said
-    assert "results saved to predictions.csv, predictions-confusion.png" in said
+    assert said.count("results saved to") == 1
+    assert "results saved to runs/finetune-1, predictions.csv, predictions-confusion.png\n" in said
     rows = (tmp_path / "predictions.csv").read_text().splitlines()
     assert len(rows) == 13
     assert len([row for row in rows[1:] if row.split(",")[1] == row.split(",")[2]]) == round(12 * printed["top1"] / 100)

@@ -23,7 +23,7 @@ def trained(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
 def test_a_point_is_compared_with_both_photos(trained: Dino) -> None:
     line = ["match", A, B, "--point", "4,20", "--short-side", "32", "--device", "cpu"]
     done = trained(*line)
-    assert done.stderr.splitlines()[-1] == "results saved to matches/0000-0001-similarity.png"
+    assert done.stderr.splitlines()[-2] == "results saved to matches/0000-0001-similarity.png"
     one = Image.open("matches/0000-0001-similarity.png")
     told = json.loads(trained(*line, "--point", "30,2", "--json").stdout)
     assert [(p["x_a"], p["y_a"]) for p in told["points"]] == [(4, 20), (30, 2)]

@@ -22,7 +22,7 @@ def extracted(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
 
 def test_features_are_plotted_as_a_picture_and_a_page(extracted: Dino) -> None:
     done = extracted("plot")
-    assert done.stderr.splitlines()[-1] == "results saved to plot/plot.png, plot/plot.html"
+    assert done.stderr.splitlines()[-2] == "results saved to plot/plot.png, plot/plot.html"
     assert Image.open("plot/plot.png").width > 500
     assert '"names":["cat/0000.png"' in Path("plot/plot.html").read_text()
     Path("scores.csv").write_text("image,score\n" + "".join(f"data/cat/000{i}.png,{i}\n" for i in range(5)))

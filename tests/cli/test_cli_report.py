@@ -29,7 +29,9 @@ def invoke(*words: str) -> tuple[str, str]:
 
 def test_curves_of_runs_are_laid_over_each_other() -> None:
     out, err = invoke("one", "two")
-    assert "dino/kl" in out and "lr" not in out and err.splitlines()[-1] == "results saved to report/report.html"
+    assert (
+        "dino/kl" in out and "lr" not in out and err.endswith("results saved to report/report.html\nnext: dino runs\n")
+    )
     assert Path("report/curves.png").is_file() and Path("report/report.html").is_file()
     found = json.loads(invoke("one", "two", "--value", "lr", "--out", "x", "--json")[0])
     assert found == {
@@ -41,7 +43,7 @@ def test_curves_of_runs_are_laid_over_each_other() -> None:
 
 def test_the_report_of_one_run_is_drawn_anew_in_its_folder() -> None:
     _, err = invoke("one")
-    assert err.splitlines()[-1] == "results saved to one/report.html" and Path("one/curves.png").is_file()
+    assert err.endswith("results saved to one/report.html\nnext: dino runs\n") and Path("one/curves.png").is_file()
     assert "Settings" in Path("one/report.html").read_text() and not Path("report").exists()
     before = Path("one/report.html").read_bytes()
     invoke("one", "--value", "loss", "--out", "x")

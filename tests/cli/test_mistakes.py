@@ -113,7 +113,7 @@ WORDS = [
     ("doctor pics.7z", "pics.7z is an archive", "7z x pics.7z -opics, then dino doctor pics"),
     ("extract film.mp4", "film.mp4 is a video", "mkdir film && ffmpeg -i film.mp4 -r 2 film/%05d.png, then dino extract film"),
     ("extract s3://bucket/photos.zip", "s3://bucket/photos.zip is an address", "copy it here first, then dino extract photos"),
-    ("extract https://x.org/a.tar", "is an address", "dino extract 'pipe:curl -sL https://x.org/a.tar'"),
+    ("extract ftp://x.org/a.tar", "is an address", "dino extract 'pipe:curl -sL ftp://x.org/a.tar'"),
     ("linear --paper feats", "feats is a folder of features; expected images", "dino knn --features feats"),
     # Options.
     ("knn --K 20", "dino knn has no option --K", "dino knn --k 20"),

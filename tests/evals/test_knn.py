@@ -10,6 +10,7 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.evals.knn import is_correct, knn, predict_by_votes, vote_logits, votes
+from dinocli.evals.nearest import nearest
 from dinocli.features.store import Features, Provenance, read_features
 from dinocli.features.writer import write_features
 
@@ -238,3 +239,22 @@ def test_a_class_without_votes_has_a_small_probability() -> None:
     [logits] = vote_logits(train, np.array([[1.0, 0, 0]], np.float32), 2, 0.07)
     assert np.exp(logits[0, 0]) == pytest.approx(1.25, abs=1e-5), "its own vote, and a quarter of the shared one"
     assert np.exp(logits[0, 3]) == pytest.approx(0.25)
+
+
+def test_another_search_is_used_and_a_neighbour_that_it_misses_has_no_vote() -> None:
+    generator = np.random.default_rng(3)
+    train, test = (features(generator.normal(size=(n, 8)), np.arange(n) % 3, 3) for n in (60, 20))
+    asked: list[int] = []
+
+    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(len(queries))
+        cosines, rows = nearest(train.values, queries, k)
+        cosines[:, 3:], rows[:, 3:] = -np.inf, -1
+        return cosines, rows
+
+    three, cut = knn(train, test, [3]).scores[0], knn(train, test, [7], search=search).scores[0]
+    assert (cut.top1, cut.macro) == (three.top1, three.macro)
+    assert knn(train, test, [7]).scores[0].top5 > cut.top5
+    predicted = predict_by_votes(train, test, [7], search=search)[2].predicted
+    assert np.array_equal(predicted, predict_by_votes(train, test, [3])[2].predicted)
+    assert asked == [20, 60, 20]

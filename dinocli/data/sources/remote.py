@@ -103,6 +103,11 @@ def is_remote(spec: str) -> bool:
     return bool(mark) and protocol in NEEDS
 
 
+def is_single(spec: str) -> bool:
+    """Return whether an address is of a single file that is not read from there, by its name."""
+    return spec.lower().endswith(_SINGLE)
+
+
 def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
     """Open a folder, a list of images, or a Parquet file at an address.
 
@@ -118,7 +123,7 @@ def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
         return _open_list(spec)
     if suffix == PARQUET:
         return open_remote_parquet(spec, [spec])
-    if spec.lower().endswith(_SINGLE):
+    if is_single(spec):
         raise DinoError(
             f"{spec} is a single file; expected a folder, tar shards, a list or a Parquet file",
             "copy the file to this machine, and name the copy",
