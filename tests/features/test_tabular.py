@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +125,25 @@ def test_other_tools_read_parquet(tmp_path: Path, reader: str, dtype: str) -> No
     assert list(names) == NAMES
     assert [kind if isinstance(kind, str) else None for kind in classes] == ["b", "a", None]
     assert np.array_equal(np.array([list(row) for row in rows], dtype), VALUES.astype(dtype))
+
+
+@pytest.mark.slow
+def test_embedding_atlas_draws_the_features_of_a_parquet_file(tmp_path: Path) -> None:
+    """Its own command makes a page; the file that the page reads has all rows, and a place for each."""
+    pytest.importorskip("embedding_atlas")
+    pq = pytest.importorskip("pyarrow.parquet")
+    values = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    with write_features(tmp_path / "val.safetensors", PROVENANCE, ["a"], dtype="float32") as writer:
+        writer.append(values, [0] * 60, [f"{i}.png" for i in range(60)])
+    (path,) = write_tabular(read_features(tmp_path / "val.safetensors"), "val", tmp_path, "parquet")
+    command = [str(Path(sys.executable).parent / "embedding-atlas"), str(path), "--vector", "feature"]
+    subprocess.run([*command, "--export-application", str(tmp_path / "page.zip")], check=True, timeout=300)
+    with zipfile.ZipFile(tmp_path / "page.zip") as page:
+        page.extract("data/dataset.parquet", tmp_path)
+    table = pq.read_table(tmp_path / "data" / "dataset.parquet")
+    assert table["path"].to_pylist() == [f"{i}.png" for i in range(60)]
+    places = np.column_stack([table["projection_x"].to_numpy(), table["projection_y"].to_numpy()])
+    assert np.isfinite(places).all() and len(np.unique(places, axis=0)) == 60
 
 
 def test_pandas_gets_features_from_python(tmp_path: Path) -> None:
