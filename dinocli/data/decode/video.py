@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dinocli.data.decode.guards import size_fault
+from dinocli.data.decode.pixels import Pixels
 from dinocli.data.decode.raster import UnfitArray
 from dinocli.data.decode.turns import orientation_of, turned
 from dinocli.data.images import ImagesConfig
@@ -23,6 +24,15 @@ def orientation(frame: Any) -> int:
     """Return the EXIF orientation of a video frame. PyAV's `frame.rotation` ignores mirroring."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
+
+
+def upright_pixels(frame: Any) -> Pixels:
+    """Return the pixels of a video frame, upright. [H, W, 3]"""
+    reformatter: Any = import_module("av.video.reformatter").VideoReformatter()
+    # `frame.to_ndarray` alone would keep a reformatter with threads in the frame, and a frame is freed only by the
+    # garbage collector, because its side data refer to it. In a process forked before that, freeing the threads hangs.
+    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    return turned(pixels, orientation(frame))
 
 
 def frame_times(path: str, every: float) -> list[float]:
@@ -69,8 +79,7 @@ def read_frame(path: str, time: float, images: ImagesConfig) -> Image.Image:
                 raise UnfitArray(fault.reason)
             shown = _shown(_decode(file, stream, time, seek), time, stream)
             if shown is not None:
-                pixels = turned(shown.to_ndarray(format="rgb24"), orientation(shown))
-                return Image.fromarray(pixels)
+                return Image.fromarray(upright_pixels(shown))
     raise UnfitArray(f"no frame at {time:g} seconds")
 
 

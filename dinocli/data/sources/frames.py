@@ -14,8 +14,7 @@ from PIL import Image
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import VIDEO
 from dinocli.data.decode.pixels import BadImage, Data
-from dinocli.data.decode.turns import turned
-from dinocli.data.decode.video import orientation
+from dinocli.data.decode.video import upright_pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.regular import read_file, why_unread
@@ -90,7 +89,7 @@ class VideoFrames(Frames):
             with av.open(str(self.where)) as file:
                 for number, frame in enumerate(file.decode(video=0)):
                     if number in wanted:
-                        pixels = turned(frame.to_ndarray(format="rgb24"), orientation(frame))
+                        pixels = upright_pixels(frame)
                         yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
         except av.error.FFmpegError as error:
             # The file may also have been moved or cut short since `open_frames` read its header.

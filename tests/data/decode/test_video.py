@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,19 @@ def test_what_is_no_video_and_what_is_too_large_are_reasons(tmp_path: Path) -> N
             file.mux(packet)
     with pytest.raises(UnfitArray, match="no image: a file without a video stream"):
         frame_times(str(tmp_path / "sound.mka"), 1)
+
+
+def test_a_frame_that_was_read_before_a_fork_does_not_stop_the_garbage_collector_of_a_worker(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        number_at(path, 1.0)
+        # Freeing FFmpeg's threads waits for them, and a forked process does not have them.
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+    finally:
+        gc.enable()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
