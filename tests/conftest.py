@@ -139,6 +139,24 @@ def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Pat
     return folder
 
 
+def write_film(path: Path, frames: int = 4, rate: int = 2) -> Path:
+    """Write a video in which a bright square on noise moves from frame to frame."""
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(frames)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(frames):
+            pixels = rng.integers(0, 128, (48, 64, 3), dtype=np.uint8)
+            pixels[8:24, 4 * number : 4 * number + 16] = 250
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                file.mux(packet)
+        for packet in stream.encode():
+            file.mux(packet)
+    return path
+
+
 def of_channels(channels: int, *more: str) -> list[str]:
     """What makes of `tiny` a preset for images of so many channels, and more that is to be set."""
     numbers = [0.5] * channels

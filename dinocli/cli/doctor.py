@@ -99,7 +99,7 @@ def _inspect(
     from dinocli.train.cost import estimate
     from dinocli.train.plan import Plan
 
-    images = DEFAULTS.changed(overrides)
+    images = DEFAULTS.changed(overrides, for_training=True)  # for the command that it suggests
     source = within(source, images)
     console.notes(source.notes)
     total = sample if source.count is None else min(sample, source.count)

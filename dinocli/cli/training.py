@@ -142,7 +142,8 @@ def starting_point(source: str, overrides: Sequence[str] | None) -> StartingPoin
         console.say(line)
     start = read_starting_point(source, overrides or [])
     console.notes(start.notes)
-    refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
+    own = [override for override in overrides or [] if override.startswith("images.")]
+    refuse_other_channels(start, start.images.changed(own, for_training=True).channels)
     return start
 
 

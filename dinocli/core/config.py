@@ -181,9 +181,9 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
             )
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
     message = first["msg"].removeprefix("Value error, ")
+    # Validators of several keys end their message in "; it needs KEY=VALUE", which becomes the hint.
+    message, _, override = message.partition("; it needs ")
     if not key:
-        # Validators of whole tables end their message in "; it needs KEY=VALUE", which becomes the hint.
-        message, _, override = message.partition("; it needs ")
         return DinoError(f"{what}: {message}", f"--set {override}" if override else "change it with --set KEY=VALUE")
     context: dict[str, Any] = dict(first.get("ctx") or {})
     if first["type"].startswith("union_tag"):
@@ -203,10 +203,11 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
         return DinoError(f"{what}: {key} is {value!r}; expected a table", f"--set '{key}={example}'")
     valid = message.removeprefix("Input ") if message.startswith("Input should be ") else f"is not valid: {message}"
     shown = repr(value) if not isinstance(value, dict) else "a table of another kind"
-    suggestion = "VALUE with a valid value"
+    override = override or f"{key}=VALUE with a valid value"
     if first["type"] == "literal_error":
-        suggestion = nearest(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
-    return DinoError(f"{what}: {key} {valid}; it is {shown}", f"--set {key}={suggestion}")
+        options = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        override = f"{key}={nearest(str(value), options)}"
+    return DinoError(f"{what}: {key} {valid}; it is {shown}", f"--set {override}")
 
 
 # Names in papers, in the original's options and in other tools, each with this project's key.

@@ -30,6 +30,8 @@ class ImagesConfig(Config):
         truncated: Accept files that end early, with the missing part grey, instead of refusing them.
         pages: Images of a TIFF or DICOM of several pages: the first, all, or one with the pages as its channels.
         every: Seconds between the frames of a video that are read as images. If None, videos are not read.
+        pair_within: Longest time in seconds between the two frames of a video from which the two global views are cut
+            in training. If None, both are cut from the same frame.
         tile: Side in pixels of the tiles of slides and pyramidal TIFFs. If None, slides are not read.
         level: Level of the pyramid that is cut into tiles; 0 is the largest.
         key: Name of the array in HDF5 and NPZ files whose rows are images. If empty, these files are not read.
@@ -46,6 +48,7 @@ class ImagesConfig(Config):
     truncated: bool = False
     pages: Literal["first", "all", "channels"] = "first"
     every: float | None = Field(None, gt=0)
+    pair_within: float | None = Field(None, gt=0)
     tile: int | None = Field(None, ge=8)
     level: int = Field(0, ge=0)
     key: str = ""
@@ -61,19 +64,40 @@ class ImagesConfig(Config):
             raise ValueError("expected two values, or as many pairs as images.channels")
         return window
 
+    @field_validator("pair_within")
+    @classmethod
+    def _reaches_another_frame(cls, within: float | None, info: ValidationInfo) -> float | None:
+        if within is None or "every" not in info.data:  # an error of images.every is reported instead
+            return within
+        every = info.data["every"]
+        if every is None:
+            raise ValueError(f"without images.every, videos are not read; it needs images.every={within:g}")
+        if within < every:
+            raise ValueError(
+                f"images.every={every:g} reads no two frames within {within:g} seconds; it needs "
+                f"images.pair_within={every:g}"
+            )
+        return within
+
+    @property
+    def unpaired(self) -> ImagesConfig:
+        """Settings for reading images one by one, as all commands except training do."""
+        return self.model_copy(update={"pair_within": None})
+
     @property
     def windows(self) -> NDArray[np.float64] | None:
         """Values that become black and white in each channel. [C, 2]"""
         return None if self.window is None else np.broadcast_to(np.array(self.window, float), (self.channels, 2))
 
-    def changed(self, overrides: Iterable[str]) -> ImagesConfig:
+    def changed(self, overrides: Iterable[str], *, for_training: bool = False) -> ImagesConfig:
         """Return a copy with single values changed.
 
         Args:
             overrides: Assignments `images.key=value`, as in `--set`.
+            for_training: True if the images will be trained on. Only then may `images.pair_within` be set.
 
         Raises:
-            DinoError: If a key does not begin with `images.`, or a value is not valid.
+            DinoError: If a key does not begin with `images.`, a value is not valid, or the key has no effect.
         """
         data: dict[str, Any] = {"images": self.model_dump(mode="json", exclude_none=True)}
         for override in overrides:
@@ -82,7 +106,13 @@ class ImagesConfig(Config):
                     f"--set {override} has no effect here; expected images.KEY=VALUE", "--set images.window='[0, 4095]'"
                 )
             change(data, override)
-        return ImagesConfig.parse(data["images"], "--set images")
+        found = ImagesConfig.parse(data["images"], "--set images")
+        if found.pair_within is not None and not for_training:
+            raise DinoError(
+                f"--set images.pair_within={found.pair_within:g} has no effect here: only training cuts pairs of views",
+                "remove it",
+            )
+        return found
 
 
 DEFAULTS = ImagesConfig()

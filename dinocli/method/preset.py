@@ -151,6 +151,11 @@ class Preset(Config):
             raise ValueError(
                 "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
             )
+        if self.images.pair_within is not None and second is None:
+            raise ValueError(
+                f"images.pair_within is {self.images.pair_within:g}, and there is no second global view to cut from "
+                "another frame; it needs images.pair_within=none"
+            )
         of_patches = [name for name, loss in self.losses.with_heads().items() if loss.reads == "patches"]
         if of_patches and not self.views.mask and not self.teacher.frozen:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dinocli.core.device import TrainingPrecision, training_precision
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
+from dinocli.data.sources.clips import clips_of
 from dinocli.data.sources.open import PackedImages, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig
@@ -97,8 +98,8 @@ class Plan:
     Raises:
         DinoError: If `graph` does not fit the device or other settings, the batch cannot be split evenly over the
             processes and their parts, `teacher` does not match the preset's `teacher.frozen`, its features cannot be
-            stored, the run to continue has another network, or the images are packed pixels that were decoded by other
-            settings.
+            stored, the run to continue has another network, the images are packed pixels that were decoded by other
+            settings, or `images.pair_within` finds no pair of frames.
     """
 
     name: str
@@ -135,6 +136,8 @@ class Plan:
         batch, each = self.preset.training.batch_size, self.images_each
         if isinstance(self.source, PackedImages):
             self.source.pixels.check(self.preset.images)
+        if self.preset.images.pair_within:
+            clips_of(self.source, self.preset.images.pair_within)  # refuses images without pairs
         if self.preset.teacher.frozen != (self.teacher is not None):
             raise DinoError(
                 "teacher.frozen is true, and --teacher is not set"
@@ -285,6 +288,7 @@ class Plan:
 def cautions(plan: Plan) -> Iterator[str]:
     """Yield a warning for each setting that is probably a mistake, with a suggested value."""
     preset, clock = plan.preset, plan.clock
+    yield from _note_unpaired(plan)
     if plan.stop == clock.total and (line := _long_schedules(plan)):
         yield line
     if plan.device.type == "cpu" and preset.views.global_1.size >= _LARGE_CROP and plan.stop > _FEW_STEPS_ON_CPU:
@@ -327,6 +331,15 @@ def cautions(plan: Plan) -> Iterator[str]:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
             f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"
+        )
+
+
+def _note_unpaired(plan: Plan) -> Iterator[str]:
+    within = plan.preset.images.pair_within
+    if within and (alone := clips_of(plan.source, within).alone):
+        yield (
+            f"{alone} of {plan.source.count} images {'have' if alone > 1 else 'has'} no other frame within {within:g} "
+            "seconds; both views are cut from one frame"
         )
 
 

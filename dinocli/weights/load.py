@@ -149,7 +149,7 @@ def _fixed_shape(source: str, override: str) -> DinoError:
 def _build(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
     views = preset.views
     encoder = _freeze(backbone, views.global_1.size, views.mean, views.std, source, device)
-    return replace(encoder, images=preset.images)
+    return replace(encoder, images=preset.images.unpaired)
 
 
 def _freeze(backbone: Backbone, size: int, mean: Channels, std: Channels, source: str, device: torch.device) -> Encoder:

@@ -69,7 +69,7 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
         preprocessing_of(weights, architecture, source),
         _family(plain, weights),
         weights,
-        weights.preset.images if weights.preset else DEFAULTS,
+        weights.preset.images.unpaired if weights.preset else DEFAULTS,
         (*weights.notes, *([note] if note else [])),
     )
 

@@ -4,6 +4,7 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig, megabytes_over
+from dinocli.method.preset import load_preset
 
 
 def test_a_window_is_a_range() -> None:
@@ -36,3 +37,48 @@ def test_overrides_change_only_the_given_values() -> None:
 )
 def test_a_size_over_its_limit_is_shown_larger_than_the_limit(size: int, limit: float, words: str) -> None:
     assert megabytes_over(size, limit) == words
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "hint"),
+    [
+        (
+            ["images.pair_within=2"],
+            "images.pair_within is not valid: without images.every, videos are not read; it is 2",
+            "--set images.every=2",
+        ),
+        (
+            ["images.every=3", "images.pair_within=2.5"],
+            "images.pair_within is not valid: images.every=3 reads no two frames within 2.5 seconds; it is 2.5",
+            "--set images.pair_within=3",
+        ),
+        (
+            ["images.every=0.1", "images.pair_within=0"],
+            "images.pair_within should be greater than 0; it is 0",
+            "--set images.pair_within=VALUE with a valid value",
+        ),
+        (
+            ["images.every=x", "images.pair_within=2"],
+            "images.every should be a valid number",
+            "--set images.every=VALUE",
+        ),
+    ],
+)
+def test_a_distance_within_which_no_frames_are_read_is_refused(given: list[str], message: str, hint: str) -> None:
+    with pytest.raises(DinoError) as error:
+        load_preset("tiny-dino", given)
+    assert message in error.value.message
+    assert error.value.hint.startswith(hint)
+
+
+def test_only_training_reads_pairs() -> None:
+    pairs = ["images.every=2", "images.pair_within=2"]
+    images = ImagesConfig().changed(pairs, for_training=True)
+    assert (images.every, images.pair_within) == (2, 2)
+    assert images.unpaired == ImagesConfig(every=2)
+    with pytest.raises(DinoError, match=r"images\.pair_within=2 has no effect here") as error:
+        ImagesConfig().changed(pairs)
+    assert error.value.hint == "remove it"
+    with pytest.raises(DinoError, match="there is no second global view") as error:
+        load_preset("tiny-dino", [*pairs, "views.global_2=none"])
+    assert error.value.hint == "--set images.pair_within=none"

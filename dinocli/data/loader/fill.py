@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.ring import Task
+from dinocli.data.sources.clips import Clips
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Sample
@@ -30,6 +31,7 @@ from dinocli.data.views.crops import (
     crop_tries,
     cut_into,
     draws,
+    partner_generator,
     resize_and_center,
     resize_for,
     uniforms,
@@ -59,11 +61,17 @@ class Cutter:
         self.views, self.seed, self.images, self.finishes, self._library = views, seed, images, finish, library
         self._augmenters: dict[int, ByteAugmenter | CompiledByteAugmenter] = {}
         self.scale = np.array([v.scale for v in views.all])
-        self.resamples = [v.resample for v in views.all]
+        self.resamples: list[str] = [v.resample for v in views.all]
 
     def numbers(self, epoch: int, row: int) -> tuple[Floats, np.random.Generator]:
-        draw = epoch % self.views.fixed if self.views.fixed else epoch
-        return uniforms(self.seed, draw, row, len(self.scale))
+        return uniforms(self.seed, self._draw(epoch), row, len(self.scale))
+
+    def partner(self, clips: Clips, epoch: int, row: int) -> int:
+        """Return the frame from which the second global view of a frame's sample is cut."""
+        return clips.other(row, partner_generator(self.seed, self._draw(epoch), row))
+
+    def _draw(self, epoch: int) -> int:
+        return epoch % self.views.fixed if self.views.fixed else epoch
 
     def tries(self, numbers: Floats) -> list[list[Tries]]:
         return crop_tries(numbers, self.scale)
@@ -95,8 +103,9 @@ class Cutter:
         groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in names]
         return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]
 
-    def place(self, places: list[Tensor], pixels: Pixels, boxes: list[Box]) -> None:
-        resamples = _with_clean(self.resamples, places)
+    def place(self, places: list[Tensor], pixels: Pixels, boxes: list[Box], resamples: list[str] | None = None) -> None:
+        """Cut the boxes of an image into their places; `resamples` are those of its views. If None, of all views."""
+        resamples = _with_clean(resamples or self.resamples, places)
         for out, box, resample in zip(places, boxes, resamples, strict=True):
             cut_into(out, pixels, box, resample)
 
@@ -163,11 +172,45 @@ def _place_on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ..
     return [(top, left, h, w) for top, left, h, w in np.concatenate([first, last - first], 1).tolist()]
 
 
-class ImageFiller:
-    """Filler from a source with random access."""
+class _Cuts(NamedTuple):
+    """Views that are cut from one picture.
 
-    def __init__(self, cutter: Cutter, source: Images, cache: PixelCache | None = None) -> None:
-        self.cutter, self.source, self.cache = cutter, source, cache
+    Attributes:
+        tries: Crop of each view.
+        resamples: Interpolation of each view.
+        places: Output of each view, then of the clean crops of the global views, if there are any.
+    """
+
+    tries: list[Tries]
+    resamples: list[str]
+    places: list[Tensor]
+
+    def of(self, views: Sequence[int]) -> _Cuts:
+        """Return some of the views with their clean crops."""
+        count = len(self.tries)
+        clean = [self.places[count + view] for view in views if count + view < len(self.places)]
+        return _Cuts(
+            [self.tries[view] for view in views],
+            [self.resamples[view] for view in views],
+            [self.places[view] for view in views] + clean,
+        )
+
+
+class ImageFiller:
+    """Filler from a source with random access.
+
+    Args:
+        cutter: Cutter of the views.
+        source: Images to read.
+        cache: Cache of decoded images, if any.
+        clips: Frames of videos. The second global view and its clean crop are cut from another frame of the clip, all
+            others from the frame itself. If None, all views are cut from one image.
+    """
+
+    def __init__(
+        self, cutter: Cutter, source: Images, cache: PixelCache | None = None, clips: Clips | None = None
+    ) -> None:
+        self.cutter, self.source, self.cache, self.clips = cutter, source, cache, clips
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
@@ -177,13 +220,17 @@ class ImageFiller:
         numbers = np.stack([n for n, _ in drawn])
         tries, places = self.cutter.tries(numbers), self.cutter.places(slot, task)
         steps = self.cutter.draw(slot, task.first, numbers)
-        for b, (_, row) in enumerate(asked):
+        for b, (epoch, row) in enumerate(asked):
             for redraw in range(_REDRAWS):
                 if redraw:
                     peers = self.source.peers(row)
                     row = peers[int(drawn[b][1].integers(len(peers)))]
                     keys[b, 1] = row
-                found = self._fill(slot, task.first + b, row, tries[b], places[b])
+                partner = self.cutter.partner(self.clips, epoch, row) if self.clips else row
+                if partner == row:
+                    found = self._fill(slot, task.first + b, row, tries[b], places[b])
+                else:
+                    found = self._fill_pair(slot, task.first + b, (row, partner), tries[b], places[b], bad)
                 if not isinstance(found, BadImage):
                     self.cutter.finish(slot, task.first + b, [view[b] for view in steps])
                     break
@@ -196,10 +243,33 @@ class ImageFiller:
     def _fill(
         self, slot: dict[str, Tensor], place: int, row: int, tries: list[Tries], places: list[Tensor]
     ) -> BadImage | None:
-        found = self._pixels(row, tries, places)
+        return self._cut(row, _Cuts(tries, self.cutter.resamples, places))
+
+    def _fill_pair(
+        self,
+        slot: dict[str, Tensor],
+        place: int,
+        rows: tuple[int, int],
+        tries: list[Tries],
+        places: list[Tensor],
+        bad: list[tuple[str, str]],
+    ) -> BadImage | None:
+        """Cut the second global view from another frame, or from the first one if the other cannot be read."""
+        row, partner = rows
+        cuts = _Cuts(tries, self.cutter.resamples, places)
+        second = cuts.of([1])
+        if found := self._cut(row, cuts.of([view for view in range(len(tries)) if view != 1])):
+            return found
+        if unread := self._cut(partner, second):
+            bad.append((self.source.names[partner], unread.reason))
+            return self._cut(row, second)
+        return None
+
+    def _cut(self, row: int, cuts: _Cuts) -> BadImage | None:
+        found = self._pixels(row, cuts.tries, cuts.places)
         if isinstance(found, BadImage):
             return found
-        self.cutter.place(places, *found)
+        self.cutter.place(cuts.places, *found, cuts.resamples)
         return None
 
     def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
@@ -218,6 +288,10 @@ class ImageFiller:
 
 class FileFiller(ImageFiller):
     """Filler that leaves JPEGs to the device, if that gives the same pixels, and cuts the views of other images."""
+
+    def _fill_pair(self, slot: dict[str, Tensor], place: int, *arguments: Any) -> BadImage | None:
+        slot["lengths"][place] = 0  # frames of videos are decoded here
+        return super()._fill_pair(slot, place, *arguments)
 
     def _fill(
         self, slot: dict[str, Tensor], place: int, row: int, tries: list[Tries], places: list[Tensor]

@@ -23,6 +23,7 @@ from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFill
 from dinocli.data.loader.mixture import epoch_order
 from dinocli.data.loader.on_device import DeviceCutter
 from dinocli.data.loader.ring import Filler, Ring
+from dinocli.data.sources.clips import Clips, clips_of
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
@@ -49,7 +50,8 @@ class TrainBatches:
         views: Views to cut from each image.
         batch_size: Images per batch in this process (B).
         seed: Seed of the order and of all views.
-        images: Decoding settings.
+        images: Decoding settings. With `pair_within`, the second global view of a frame of a video is cut from another
+            frame, which depends on what the views depend on.
         start: Number of batches to skip, when a run resumes.
         steps_per_epoch: Batches per epoch, the unit of the views' low-resolution phase.
         workers: Processes that decode and crop; 0 uses this process.
@@ -70,7 +72,8 @@ class TrainBatches:
         cache: Cache of decoded images, or None.
 
     Raises:
-        DinoError: If, while iterating, more than 5 % of the images cannot be read, or a worker is killed.
+        DinoError: If no image has another frame for its second view. While iterating, if more than 5 % of the images
+            cannot be read, or a worker is killed.
     """
 
     def __init__(
@@ -128,9 +131,10 @@ class TrainBatches:
                 )
             make = partial(_stream_filler, cutter, source, batch_size, start, workers, shard)
         else:
-            make = partial(_image_filler, cutter, source, kept, on_device)
+            clips = clips_of(source, images.pair_within) if images.pair_within and views.global_2 else None
+            make = partial(_image_filler, cutter, source, kept, clips, on_device)
             if on_device:
-                self._device_cutter = DeviceCutter(ImageFiller(cutter, source), device)
+                self._device_cutter = DeviceCutter(ImageFiller(cutter, source, clips=clips), device)
         order = _Order(source, batch_size, seed, shard, views.mask, views.fixed, in_order=in_order)
         self._ring = Ring(
             phases,
@@ -224,9 +228,9 @@ def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
 
 
 def _image_filler(
-    cutter: Cutter, source: Images, cache: PixelCache | None, files: bool, lane: int, lanes: int
+    cutter: Cutter, source: Images, cache: PixelCache | None, clips: Clips | None, files: bool, lane: int, lanes: int
 ) -> ImageFiller:
-    return (FileFiller if files else ImageFiller)(cutter, source, cache)
+    return (FileFiller if files else ImageFiller)(cutter, source, cache, clips)
 
 
 def _stream_filler(

@@ -167,8 +167,14 @@ def within(source: S, images: ImagesConfig) -> S:
 
 def _settings(images: ImagesConfig) -> list[str]:
     """Return the settings that take several images of a file, as `images.key=value`."""
-    values = {"pages": images.pages != "first" and images.pages, "every": images.every, "tile": images.tile}
-    return [f"images.{name}={value}" for name, value in (values | {"key": images.key}).items() if value]
+    values = {
+        "pages": images.pages != "first" and images.pages,
+        "every": images.every,
+        "pair_within": images.pair_within,
+        "tile": images.tile,
+        "key": images.key,
+    }
+    return [f"images.{name}={value}" for name, value in values.items() if value]
 
 
 def _reads_first(source: Source) -> bool:

@@ -277,6 +277,15 @@ def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.
     return generator.random((views, NUMBERS)), generator
 
 
+def partner_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Return the generator for the frame that shares a sample with an image's own. It repeats no other draw."""
+    return np.random.default_rng((seed, epoch, index, _PARTNER))
+
+
+# The masks of an image's views come from generators that end in 1 plus the index of the view.
+_PARTNER = 2**63 - 5
+
+
 def crop_tries(numbers: Floats, scale: Floats) -> list[list[Tries]]:
     """Compute the size-independent part of the crop boxes of many images at once.
 

@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from dinocli.data.images import ImagesConfig
-from dinocli.data.loader.fill import Cutter, StreamFiller, _place_on_grid
+from dinocli.data.decode.pixels import Data, Pixels
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.loader.cache import PixelCache
+from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFiller, _place_on_grid
 from dinocli.data.loader.ring import Task
+from dinocli.data.sources.clips import Clips
+from dinocli.data.sources.indexed import StoredImages
+from dinocli.data.sources.listing import Names
+from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.shards import Sample
 from dinocli.data.views.augment import augment
 from dinocli.data.views.crops import Draws, JitterConfig, ViewConfig, ViewsConfig
@@ -136,3 +145,134 @@ def test_a_cutter_that_finishes_views_applies_the_draws_that_it_writes() -> None
         wanted = 255 * augment(crops[name], draws, torch.zeros(3), torch.ones(3))
         # Four operations at most, each within 2 levels and mostly within one.
         torch.testing.assert_close(finished[name].view(wanted.shape).float(), wanted, rtol=0, atol=4)
+
+
+# Two films, of six frames a second apart and of two, and two photos. Each view has another interpolation or size.
+FRAMES = [*(f"a.mp4#time={t}" for t in range(6)), "photo.jpg", "b.mp4#time=0", "b.mp4#time=1", "other.png"]
+REACHED = [{1, 2}, {0, 2, 3}, {0, 1, 3, 4}, {1, 2, 4, 5}, {2, 3, 5}, {3, 4}, {6}, {8}, {7}, {9}]
+PAIRED = VIEWS.model_copy(update={"global_2": GLOBAL.model_copy(update={"resample": "bilinear"})})
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures(StoredImages):
+    """Images in memory. Those without a picture cannot be read."""
+
+    pictures: list[Data | None]
+
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
+        picture = self.pictures[index]
+        if picture is None:
+            raise Refused("damaged: test")
+        return picture
+
+
+def noise(row: int) -> Pixels:
+    return np.random.default_rng(row).integers(0, 256, (70 + 3 * row, 90 - 2 * row, 3), dtype=np.uint8)
+
+
+def pictures(*shown: int, unread: tuple[int, ...] = ()) -> Pictures:
+    """Return a source that shows the given picture in each row; by default each row shows its own."""
+    rows = shown or tuple(range(len(FRAMES)))
+    data = [None if row in unread else noise(row) for row in rows]
+    return Pictures("test", Path(), Names.of(FRAMES), [], np.full(len(FRAMES), -1, np.int32), data)
+
+
+def fill(
+    source: Pictures,
+    clips: Clips | None,
+    *,
+    epoch: int = 0,
+    kind: type[ImageFiller] = ImageFiller,
+    clean: bool = True,
+    views: ViewsConfig = PAIRED,
+    finish: bool = False,
+    cache: PixelCache | None = None,
+) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]]:
+    """Fill a slot with all images of a source, with clean crops if `clean` is set."""
+    slot = slot_of(len(FRAMES))
+    slot["keys"][:, 0], slot["keys"][:, 1] = epoch, torch.arange(len(FRAMES))
+    if clean:
+        slot["clean"] = torch.zeros(2, len(FRAMES), 96, 96, 3, dtype=torch.uint8)
+    if kind is FileFiller:
+        slot["lengths"] = torch.full((len(FRAMES),), 7)
+        slot["turns"] = torch.zeros(len(FRAMES), dtype=torch.int64)
+        slot["files"] = torch.zeros(len(FRAMES), 100_000, dtype=torch.uint8)
+        slot["boxes"] = torch.zeros(len(FRAMES), 6 if clean else 4, 4, dtype=torch.int64)
+    filler = kind(Cutter(views, 5, ImagesConfig(), finish=finish), source, cache, clips)
+    return slot, filler(slot, Task(0, 0, 0, len(FRAMES)))
+
+
+def partner_of(slot: dict[str, torch.Tensor], row: int, **options: object) -> int:
+    """Return the image whose pixels alone give the second view and its clean crop, with the numbers of a row."""
+    found = []
+    for other in range(len(FRAMES)):
+        alone, _ = fill(pictures(*[other] * len(FRAMES)), None, **options)  # type: ignore[arg-type]
+        equal = {alone[name][1, row].equal(slot[name][1, row]) for name in ("globals", "clean") if name in slot}
+        assert len(equal) == 1, "the second view and its clean crop are of the same frame"
+        found += [other] if equal == {True} else []
+    [partner] = found
+    return partner
+
+
+@pytest.mark.parametrize("options", [{}, {"clean": False}, {"finish": True}, {"kind": FileFiller}])
+def test_the_second_global_view_is_cut_from_another_frame_and_the_others_are_unchanged(options: dict) -> None:
+    clips = Clips(FRAMES, 2.0)
+    plain, (slot, bad) = fill(pictures(), None, **options)[0], fill(pictures(), clips, **options)
+    assert not bad
+    for name in ("globals", "clean"):
+        assert name not in slot or slot[name][0].equal(plain[name][0])
+    assert slot["locals"].equal(plain["locals"])
+    assert slot["keys"].equal(plain["keys"])
+    assert all(slot[name].equal(plain[name]) for name in Draws._fields)
+    for row, reached in enumerate(REACHED):
+        assert partner_of(slot, row, **options) in reached
+
+
+def test_partners_depend_on_the_epoch_and_repeat_with_fixed_views() -> None:
+    clips = Clips(FRAMES, 2.0)
+
+    def partners(epoch: int, views: ViewsConfig) -> list[int]:
+        cutter = Cutter(views, 5, ImagesConfig())
+        return [cutter.partner(clips, epoch, row) for row in range(len(FRAMES))]
+
+    fixed = PAIRED.model_copy(update={"fixed": 2})
+    assert len({tuple(partners(epoch, PAIRED)) for epoch in range(20)}) > 15
+    assert [partners(epoch, fixed) for epoch in (2, 3, 4)] == [partners(epoch, PAIRED) for epoch in (0, 1, 0)]
+    slots = [fill(pictures(), clips, epoch=epoch, views=fixed)[0]["globals"] for epoch in (0, 1, 2)]
+    assert slots[0].equal(slots[2])
+    assert not slots[0].equal(slots[1])
+
+
+def test_an_unreadable_partner_is_reported_and_the_first_frame_gives_both_views() -> None:
+    clips, plain = Clips(FRAMES, 2.0), fill(pictures(), None)[0]
+    usual, _ = fill(pictures(), clips)
+    partners = [partner_of(usual, row) for row in range(len(FRAMES))]
+    broken = partners[2]
+    slot, bad = fill(pictures(unread=(broken,)), clips)
+    assert set(bad) == {(FRAMES[broken], "damaged: test")}
+    # Each row with this partner reports it, and so does its own row until an image that can be read replaces it.
+    assert len(bad) >= len(fill(pictures(unread=(broken,)), None)[1]) + partners.count(broken)
+    for row in set(range(len(FRAMES))) - {broken}:
+        wanted = plain if partners[row] == broken else usual
+        assert all(slot[name][:, row].equal(wanted[name][:, row]) for name in ("globals", "locals", "clean"))
+    assert slot["keys"][broken, 1] != broken, "an unreadable first frame is replaced as every image"
+
+
+def test_a_cache_keeps_partners_too() -> None:
+    cache = PixelCache(len(FRAMES), [GLOBAL.model_copy(update={"size": 300})], "ram")
+    usual, _ = fill(pictures(), Clips(FRAMES, 2.0))
+    for source in (pictures(), pictures(unread=tuple(range(len(FRAMES))))):  # the second time nothing is read
+        slot, bad = fill(source, Clips(FRAMES, 2.0), cache=cache)
+        assert not bad
+        assert all(slot[name].equal(usual[name]) for name in ("globals", "locals", "clean"))
+
+
+def test_frames_are_decoded_here_and_photos_beside_them_on_the_device() -> None:
+    pytest.importorskip("torchvision.io")
+    source = pictures()
+    file = io.BytesIO()
+    Image.fromarray(noise(6)).save(file, "JPEG", quality=95, subsampling=0)
+    source.pictures[6] = file.getvalue()
+    slot, bad = fill(source, Clips(FRAMES, 2.0), kind=FileFiller)
+    assert not bad
+    assert slot["lengths"].nonzero().tolist() == [[6]]

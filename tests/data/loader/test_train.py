@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import write_film, write_images
 
 from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
-from dinocli.data.sources.open import PackedImages, open_images, open_source
+from dinocli.data.sources.open import PackedImages, open_images, open_source, within
 from dinocli.data.sources.several import open_sources
 from dinocli.data.views.crops import (
     JitterConfig,
@@ -52,9 +53,10 @@ def take(
     shard: Shard = ALONE,
     clean: float | None = None,
     cache: str | None = None,
+    decoding: ImagesConfig = DEFAULTS,
 ) -> list[Batch]:
     stream = TrainBatches(
-        open_sources(images if isinstance(images, list) else [str(images)]),
+        within(open_sources(images if isinstance(images, list) else [str(images)]), decoding),
         views,
         batch_size=batch_size,
         seed=seed,
@@ -66,6 +68,7 @@ def take(
         grid=lambda size: (size // 4, size // 4),
         clean=clean,
         cache=cache,
+        images=decoding,
     )
     try:
         return list(islice(stream, count))
@@ -423,3 +426,38 @@ def test_shares_do_not_depend_on_the_workers_and_survive_a_resume(tmp_path: Path
     first = [batch.global_crops[:, i] for batch in alone for i in range(8) if batch.rows[i] == 0]
     assert len(first) > 9  # each draw of an image has other views
     assert len({crop.numpy().tobytes() for crop in first}) == len(first)
+
+
+def test_two_frames_of_a_film_are_the_global_views_with_any_number_of_workers_and_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    for name, frames in (("a", 6), ("b", 4)):
+        write_film(tmp_path / f"{name}.mp4", frames)
+    write_images(tmp_path, 2)
+    single, paired = ImagesConfig(every=0.5), ImagesConfig(every=0.5, pair_within=1.0)
+    options = {"batch_size": 4, "clean": 1.5, "seed": 3}
+    plain, whole = (take(tmp_path, 9, decoding=decoding, **options) for decoding in (single, paired))  # three epochs
+    assert all(same(a, b) for a, b in zip(whole, take(tmp_path, 9, workers=2, decoding=paired, **options), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(whole[5:], take(tmp_path, 4, start=5, decoding=paired, **options), strict=True)
+    )
+    for ours, theirs in zip(whole, plain, strict=True):
+        assert ours.rows.equal(theirs.rows) and ours.local_crops.equal(theirs.local_crops)
+        assert ours.global_crops[0].equal(theirs.global_crops[0]) and ours.clean_crops[0].equal(theirs.clean_crops[0])
+        # The photos are rows 0 and 1, in the order of the names.
+        for b, row in enumerate(ours.rows.tolist()):
+            unchanged = row in (0, 1)
+            assert ours.global_crops[1, b].equal(theirs.global_crops[1, b]) == unchanged
+            assert ours.clean_crops[1, b].equal(theirs.clean_crops[1, b]) == unchanged
+    cached = take(tmp_path, 9, decoding=paired, cache="ram", **options)
+    assert all((a.global_crops - b.global_crops).abs().mean() < 0.2 for a, b in zip(whole, cached, strict=True)), (
+        "the cache resizes each frame once more"
+    )
+
+
+def test_a_loader_of_pairs_needs_pairs_but_one_view_does_not(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    decoding = ImagesConfig(every=0.5, pair_within=1.0)
+    with pytest.raises(DinoError, match=r"no image in .* has another frame within 1 seconds"):
+        take(tmp_path, 1, decoding=decoding)
+    assert take(tmp_path, 1, decoding=decoding, views=VIEWS.model_copy(update={"global_2": None}))
