@@ -301,7 +301,7 @@ def _open(path: str) -> Any:
     """Open a Parquet file, or return the record batches of an Arrow file, mapped into memory."""
     pyarrow = _pyarrow()
     if "://" in path:
-        remote = RemoteFile(path, _BLOCK)
+        remote = RemoteFile(path, _BLOCK, held=0)  # all files of a set stay open
         return pyarrow.parquet.ParquetFile(remote, pre_buffer=False, page_checksum_verification=True)
     if path.lower().endswith(PARQUET):
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)

@@ -20,7 +20,6 @@ from dinocli.data.sources.store import (
 
 BLOCK = 2**22  # bytes of a block: large enough that a request costs little beside its bytes
 _TOGETHER = 16  # blocks of one request at most
-_HELD = 2  # blocks in memory, for readers that take a few bytes at a time
 
 
 class RemoteFile(io.RawIOBase):
@@ -29,6 +28,7 @@ class RemoteFile(io.RawIOBase):
     Args:
         address: Address such as `s3://bucket/train-000.tar`.
         block: Size of the blocks in bytes.
+        held: Number of blocks in memory, for readers that take a few bytes at a time.
 
     Raises:
         FileNotFoundError: If it does not exist.
@@ -36,9 +36,9 @@ class RemoteFile(io.RawIOBase):
         DinoError: If access is denied, the network fails, or the package for the protocol is missing.
     """
 
-    def __init__(self, address: str, block: int = BLOCK) -> None:
+    def __init__(self, address: str, block: int = BLOCK, held: int = 2) -> None:
         super().__init__()
-        self.address, self.block = address, block
+        self.address, self.block, self.held = address, block, held
         self._store = store_of(address.partition("://")[0])
         self._key = address if self._store.protocol in ("http", "https") else self._store.files._strip_protocol(address)
         stated = state_of(self._store, self._key)
@@ -122,7 +122,7 @@ class RemoteFile(io.RawIOBase):
     def _hold(self, number: int, block: bytes) -> bytes:
         self._held.pop(number, None)
         self._held[number] = block
-        while len(self._held) > _HELD:
+        while len(self._held) > self.held:
             self._held.pop(next(iter(self._held)))
         return block
 

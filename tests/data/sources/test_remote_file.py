@@ -55,6 +55,13 @@ def test_neighbouring_blocks_take_one_request_and_kept_ones_none(web: Web, film:
     assert len(Handler.asked) == 4
 
 
+def test_no_more_blocks_are_held_than_asked(web: Web, film: bytes) -> None:
+    for held in (0, 3):
+        file = RemoteFile(f"{web[0]}/film.bin", block=1000, held=held)
+        assert file.readall() == film
+        assert len(file._held) == held
+
+
 def test_a_cut_answer_is_asked_for_again(web: Web, film: bytes, tmp_path: Path) -> None:
     file = RemoteFile(f"{web[0]}/film.bin", block=4000)
     web[1]["/photos/film.bin"] = ["500", "cut", "503"]
