@@ -161,7 +161,9 @@ def _open_list(spec: str) -> RemoteImages:
     except FileNotFoundError as error:
         raise _missing(spec, "a list of images") from error
     except Refused as error:
-        raise DinoError(f"{spec} cannot be read: {error}", "copy the list to this machine, and name the copy") from error
+        raise DinoError(
+            f"{spec} cannot be read: {error}", "copy the list to this machine, and name the copy"
+        ) from error
 
     web, mark, folder = base.partition("://") if _is_web(store) else ("", "", base)
 
