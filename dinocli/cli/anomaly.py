@@ -157,8 +157,7 @@ def anomaly(
             written += told["written"]
     if json:
         console.out_json(told | {"written": written})
-    bank_file = next((path for path in written if path.endswith(".safetensors")), normal)
-    console.saved(written, f"dino anomaly {quote(bank_file)} --test IMAGES")
+    console.saved(written, f"dino anomaly {quote(told['bank'])} --test IMAGES")
 
 
 def _open(path: Path, options: NetworkOptions) -> tuple[Bank, Encoder]:

@@ -48,7 +48,8 @@ def images_places(context: typer.Context, value: list[str]) -> list[str]:
 
 def _check_images(words: Words, value: str) -> None:
     from dinocli.data.sources.hub import HUB
-    from dinocli.data.sources.remote import is_remote, is_single
+    from dinocli.data.sources.remote import is_single
+    from dinocli.data.sources.store import is_remote
     from dinocli.weights.identify import NAMES, kind_of
 
     kind = kind_of(value)

@@ -26,7 +26,7 @@ from dinocli.core.version import __version__
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.parts import part_of
 from dinocli.data.sources.shards import Shards
-from dinocli.data.sources.tar import PIPE, is_address
+from dinocli.data.sources.tar import is_stream
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset
@@ -283,7 +283,7 @@ def sample_of(source: Source) -> str:
     pixels and shards at addresses depends on their contents already.
     """
     if isinstance(source, Shards):
-        streamed = any(url.startswith(PIPE) or is_address(url) for url in source.urls)
+        streamed = any(map(is_stream, source.urls))
         paths = [] if streamed else [source.urls[i] for i in _spread(len(source.urls))]
     elif source.in_files:
         paths = [_file_of(os.path.join(source.root, source.names[row])) for row in _spread(len(source))]

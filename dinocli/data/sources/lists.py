@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import HOLDERS
+from dinocli.data.sources.indexed import label_fields
 from dinocli.data.sources.kinds import kind_of
-from dinocli.data.sources.listing import ARRAY, KNOWN
+from dinocli.data.sources.listing import ARRAY, KNOWN, Names
 from dinocli.data.sources.parts import part_of
 
 JSON = ".jsonl"
@@ -159,6 +160,15 @@ def merge_rows(found: FileList, where: str, place_of: Callable[[str], str]) -> t
     if count := len(found.entries) - len(entries):
         notes += (f"{count} rows of {where} name an image again: each image counts once",)
     return FileList(entries, notes, found.columns), clash
+
+
+def fields_of(listed: FileList, clash: str) -> dict[str, Any]:
+    """Return what a list, merged by `merge_rows`, states of `Images`: names, classes, labels, metadata and notes."""
+    entries, notes, columns = listed
+    metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
+    names = Names.of([entry.name for entry in entries])
+    labels = label_fields([entry.label for entry in entries])
+    return {"names": names, **labels, "notes": notes, "clash": clash, "metadata": metadata}
 
 
 class _Row(NamedTuple):

@@ -20,14 +20,15 @@ from dinocli.data.sources.indexed import Images, StoredImages, folder_classes, l
 from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
-from dinocli.data.sources.lists import LISTS, merge_rows, read_list
+from dinocli.data.sources.lists import LISTS, fields_of, merge_rows, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
 from dinocli.data.sources.parts import expand, holder_of
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
-from dinocli.data.sources.remote import is_remote, open_remote
+from dinocli.data.sources.remote import open_remote
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
+from dinocli.data.sources.store import is_remote
 from dinocli.data.sources.tar_files import open_tar
 from dinocli.data.sources.zip_files import ZIP, open_zip
 
@@ -407,12 +408,9 @@ def _file_list(path: Path) -> Images:
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    (entries, notes, columns), clash = merge_rows(read_list(path), str(path), partial(_place, path.parent))
-    names = Names.of([entry.name for entry in entries])
-    metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
-    fields = label_fields([entry.label for entry in entries])
-    held = any(holder_of(entry.name) for entry in entries)
-    return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata, held=held)
+    listed, clash = merge_rows(read_list(path), str(path), partial(_place, path.parent))
+    held = any(holder_of(entry.name) for entry in listed.entries)
+    return Images(where=str(path), root=path.parent, **fields_of(listed, clash), held=held)
 
 
 def _place(folder: Path, name: str) -> str:

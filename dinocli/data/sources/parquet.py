@@ -24,6 +24,7 @@ from dinocli.data.sources.outputs import SIGNS, recognise
 from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote_file import RemoteFile
+from dinocli.data.sources.store import is_remote
 
 PARQUET, ARROW = ".parquet", ".arrow"
 _IMAGE, _LABEL = ("image", "img", "jpg", "png", "bytes"), ("label", "labels", "class", "fine_label", "target")
@@ -300,7 +301,7 @@ def _list_file(path: str) -> _Table:
 def _open(path: str) -> Any:
     """Open a Parquet file, or return the record batches of an Arrow file, mapped into memory."""
     pyarrow = _pyarrow()
-    if "://" in path:
+    if is_remote(path):
         remote = RemoteFile(path, _BLOCK, held=0)  # all files of a set stay open
         return pyarrow.parquet.ParquetFile(remote, pre_buffer=False, page_checksum_verification=True)
     if path.lower().endswith(PARQUET):

@@ -18,27 +18,25 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.extras import VIDEO
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
-from dinocli.data.sources.indexed import StoredImages, label_fields
+from dinocli.data.sources.indexed import StoredImages
 from dinocli.data.sources.listing import KNOWN, SUFFIXES, Names
-from dinocli.data.sources.lists import LISTS, merge_rows, parse_list
+from dinocli.data.sources.lists import LISTS, fields_of, merge_rows, parse_list
 from dinocli.data.sources.members import select_images
 from dinocli.data.sources.parquet import ARROW, PARQUET, ParquetImages, open_remote_parquet
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
 from dinocli.data.sources.store import (
-    NEEDS,
-    UNKNOWN,
     Denied,
     Store,
-    address_of,
     download,
     endpoint_of,
+    is_remote,
     keep,
     place_of,
+    read_kept,
+    resolve,
     size_of,
-    state_of,
-    store_of,
     version_of,
 )
 
@@ -86,21 +84,11 @@ class RemoteImages(StoredImages):
         if not version:  # the image may have changed since it was kept
             return download(self.store, key, size, images.max_megabytes)
         place = place_of(f"{self.endpoint} {self.store.protocol}://{key} {size} {version}")
-        try:
-            data = place.read_bytes()
-            if size in (UNKNOWN, len(data)):
-                return data
-        except OSError:
-            pass
+        if (kept := read_kept(place, size)) is not None:
+            return kept
         data = download(self.store, key, size, images.max_megabytes)
         keep(place, data)
         return data
-
-
-def is_remote(spec: str) -> bool:
-    """Return whether a source is at an address that fsspec reads, by its name."""
-    protocol, mark, _ = spec.partition("://")
-    return bool(mark) and protocol in NEEDS
 
 
 def is_single(spec: str) -> bool:
@@ -128,14 +116,14 @@ def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
             f"{spec} is a single file; expected a folder, tar shards, a list or a Parquet file",
             "copy the file to this machine, and name the copy",
         )
-    store, base = _resolve(spec.rstrip("/") + "/")
+    store, base = resolve(spec.rstrip("/") + "/")
     try:
         files = _list(store, base)
     except FileNotFoundError as error:
         raise _missing(spec, "a folder of images") from error
     keys = list(files)
     if SUFFIXES.isdisjoint(os.path.splitext(key)[1].lower() for key in keys):
-        shown = [address_of(store, key) for key in keys if not posixpath.basename(key).startswith(".")]
+        shown = [store.address_of(key) for key in keys if not posixpath.basename(key).startswith(".")]
         if shards := sorted(url for url in shown if url.lower().endswith(".tar")):
             return replace(open_shards(*shards), where=spec)
         if tables := [url for url in shown if url.lower().endswith(PARQUET)]:
@@ -146,7 +134,7 @@ def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
 
     rows, names, classes, labels, notes = select_images(spec, [key.removeprefix(base) for key in keys], marker)
     chosen = [keys[row] for row in rows.tolist()]
-    return _images(spec, names, store, chosen, files, classes=classes, labels=labels, notes=notes)
+    return _images(spec, store, chosen, files, names=names, classes=classes, labels=labels, notes=notes)
 
 
 def _open_list(spec: str) -> RemoteImages:
@@ -155,7 +143,7 @@ def _open_list(spec: str) -> RemoteImages:
     Raises:
         DinoError: If the list does not exist, is empty, or its first image does not exist.
     """
-    store, base = _resolve(spec[: spec.rindex("/") + 1])
+    store, base = resolve(spec[: spec.rindex("/") + 1])
     try:
         data = RemoteFile(spec).readall()
     except FileNotFoundError as error:
@@ -165,58 +153,44 @@ def _open_list(spec: str) -> RemoteImages:
             f"{spec} cannot be read: {error}", "copy the list to this machine, and name the copy"
         ) from error
 
-    web, mark, folder = base.partition("://") if _is_web(store) else ("", "", base)
+    web, mark, folder = base.partition("://") if store.is_web else ("", "", base)
 
     def key_of(name: str) -> str:
         if is_remote(name):
-            return _resolve(name)[1]
+            return resolve(name)[1]
         return web + mark + posixpath.normpath(posixpath.join(folder, name))
 
     @cache
     def is_file(name: str) -> bool:
         try:
-            about = state_of(store, key_of(name)) if name else {}
+            about = store.state_of(key_of(name)) if name else {}
         except (FileNotFoundError, Denied):
             return False
         return about.get("type") == "file"
 
-    (entries, notes, columns), clash = merge_rows(parse_list(data, spec, is_file), spec, key_of)
-    chosen = [key_of(entry.name) for entry in entries]
+    listed, clash = merge_rows(parse_list(data, spec, is_file), spec, key_of)
+    chosen = [key_of(entry.name) for entry in listed.entries]
     try:  # one request for a thousand files, if the server lists them
-        files = {} if _is_web(store) else _list(store, base)
+        files = {} if store.is_web else _list(store, base)
     except (FileNotFoundError, Denied):
         files = {}
-    metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
-    fields = label_fields([entry.label for entry in entries])
-    names = Names.of([entry.name for entry in entries])
-    return _images(spec, names, store, chosen, files, **fields, notes=notes, clash=clash, metadata=metadata)
+    return _images(spec, store, chosen, files, **fields_of(listed, clash))
 
 
 def _images(
-    spec: str, names: Names, store: Store, keys: list[str], stated: Mapping[str, Mapping[str, Any]], **fields: Any
+    spec: str, store: Store, keys: list[str], stated: Mapping[str, Mapping[str, Any]], **fields: Any
 ) -> RemoteImages:
     """Return images at addresses; the server is asked about those that a listing says nothing about."""
     # A page of links states neither sizes nor versions.
-    lacking = [key for key in keys if _is_web(store) or key not in stated]
+    lacking = [key for key in keys if store.is_web or key not in stated]
     with ThreadPoolExecutor(_THREADS) as pool:
-        stated = dict(stated) | dict(zip(lacking, pool.map(lambda key: _ask(store, key), lacking), strict=True))
+        # Reading a file that does not exist reports it.
+        answers = (about or {} for about in pool.map(store.state_if_any, lacking))
+        stated = dict(stated) | dict(zip(lacking, answers, strict=True))
     sizes = np.array([size_of(stated[key]) for key in keys], np.int64)
     versions = Names.of([version_of(stated[key]) for key in keys])
     about: dict[str, Any] = {"store": store, "keys": keys, "sizes": sizes, "versions": versions}
-    return RemoteImages(where=spec, root=Path(spec), names=names, **fields, **about, endpoint=endpoint_of(store.files))
-
-
-def _is_web(store: Store) -> bool:
-    return store.protocol in ("http", "https")
-
-
-def _resolve(address: str) -> tuple[Store, str]:
-    """Return the file system of an address, and the key of the file or folder in it; a slash at the end stays."""
-    store = store_of(address.partition("://")[0])
-    if _is_web(store):
-        return store, address
-    # The packages differ in whether they strip the slash too.
-    return store, store.files._strip_protocol(address).rstrip("/") + "/" * address.endswith("/")
+    return RemoteImages(where=spec, root=Path(spec), **fields, **about, endpoint=endpoint_of(store.files))
 
 
 def _list(store: Store, base: str) -> dict[str, Mapping[str, Any]]:
@@ -226,8 +200,8 @@ def _list(store: Store, base: str) -> dict[str, Mapping[str, Any]]:
         FileNotFoundError: If it does not exist or is empty.
         DinoError: If it cannot be read.
     """
-    where = address_of(store, base).rstrip("/")
-    address = base if _is_web(store) else base.rstrip("/")
+    where = store.address_of(base).rstrip("/")
+    address = base if store.is_web else base.rstrip("/")
     found = store.retry(lambda: store.files.find(address, detail=True), where, tries=2)
     if not found:  # fsspec's listing over HTTP hides errors of the connection
         store.retry(lambda: store.files.info(address), where, tries=2)
@@ -240,11 +214,3 @@ def _list(store: Store, base: str) -> dict[str, Mapping[str, Any]]:
 
 def _missing(spec: str, expected: str) -> DinoError:
     return DinoError(f"{spec} does not exist or is empty; expected {expected}", "check the address")
-
-
-def _ask(store: Store, key: str) -> Mapping[str, Any]:
-    """Return what the server states about a file; nothing if it does not exist, which reading it reports."""
-    try:
-        return state_of(store, key)
-    except FileNotFoundError:
-        return {}

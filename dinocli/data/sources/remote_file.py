@@ -6,17 +6,7 @@ import io
 from typing import Any
 
 from dinocli.data.sources.regular import Refused
-from dinocli.data.sources.store import (
-    UNKNOWN,
-    address_of,
-    endpoint_of,
-    keep,
-    place_of,
-    size_of,
-    state_of,
-    store_of,
-    version_of,
-)
+from dinocli.data.sources.store import UNKNOWN, endpoint_of, keep, place_of, read_kept, resolve, size_of, version_of
 
 BLOCK = 2**22  # bytes of a block: large enough that a request costs little beside its bytes
 _TOGETHER = 16  # blocks of one request at most
@@ -39,9 +29,8 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, address: str, block: int = BLOCK, held: int = 2) -> None:
         super().__init__()
         self.address, self.block, self.held = address, block, held
-        self._store = store_of(address.partition("://")[0])
-        self._key = address if self._store.protocol in ("http", "https") else self._store.files._strip_protocol(address)
-        stated = state_of(self._store, self._key)
+        self._store, self._key = resolve(address)
+        stated = self._store.state_of(self._key)
         self.size, self.version = size_of(stated), version_of(stated)
         if self.size == UNKNOWN:
             raise Refused(f"not read here: the server states no size of {address}")
@@ -113,11 +102,7 @@ class RemoteFile(io.RawIOBase):
             return self._whole[number * self.block : (number + 1) * self.block]
         if not self.version:
             return None
-        try:
-            block = self._place(number).read_bytes()
-        except OSError:
-            return None
-        return block if len(block) == min(self.block, self.size - number * self.block) else None
+        return read_kept(self._place(number), min(self.block, self.size - number * self.block))
 
     def _hold(self, number: int, block: bytes) -> bytes:
         self._held.pop(number, None)
@@ -143,4 +128,4 @@ class RemoteFile(io.RawIOBase):
                 return data[first:end]
             raise EOFError(f"its body has {len(data)} of {end - first} bytes")
 
-        return self._store.retry(request, address_of(self._store, self._key))
+        return self._store.retry(request, self.address)

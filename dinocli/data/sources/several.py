@@ -25,7 +25,7 @@ from dinocli.data.sources.parquet import is_parquet, open_parquet
 from dinocli.data.sources.parts import holder_of
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards, open_shards
-from dinocli.data.sources.tar import PIPE, is_address
+from dinocli.data.sources.tar import PIPE, is_stream
 from dinocli.data.sources.tar_files import list_tar
 
 # A number at the end, but not the port of an address.
@@ -182,7 +182,7 @@ def _indexed(source: Source) -> Images:
     """
     if isinstance(source, Images):
         return source
-    if any(url.startswith(PIPE) or is_address(url) for url in source.urls):
+    if any(map(is_stream, source.urls)):
         raise _refuse_stream(source.where)
     return join_images(source.where, [list_tar(Path(url)) for url in source.urls])
 

@@ -28,8 +28,8 @@ from dinocli.data.sources.outputs import SIGNS, is_output, is_sheet, recognise
 from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.samples import classes_of, read, read_label, read_once, samples, why_refused
 from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
-from dinocli.data.sources.store import Denied, address_of, size_of, state_of, store_of, version_of
-from dinocli.data.sources.tar import PIPE, Content, is_address, members, tape_of
+from dinocli.data.sources.store import Denied, is_remote, resolve, size_of, version_of
+from dinocli.data.sources.tar import PIPE, Content, members, tape_of
 
 INDEX = "index.json"
 # Suffixes of compressed tar files, with the command that decompresses one.
@@ -245,7 +245,7 @@ def open_shards(*specs: str) -> Shards:
         raise DinoError(f"{what}; expected tar shards", "check the path, and the first and last number of a range")
     known, classes = _read_indexes(sizes)
     unknown = [url for url in urls if url not in known]
-    if any(map(is_address, unknown)):
+    if any(map(is_remote, unknown)):
         return Shards(spec, urls, [], None, versions=versions)
     # Threads, because a network disk answers many requests in the time of one.
     with ThreadPoolExecutor(8) as pool:
@@ -271,27 +271,24 @@ def open_shards(*specs: str) -> Shards:
 
 def _measure(urls: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the size in bytes of the shards that exist, and the versions of all if some are at addresses."""
-    remote = [url for url in urls if is_address(url)]
+    remote = [url for url in urls if is_remote(url)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        stated = dict(zip(remote, pool.map(_ask, remote), strict=True))
+        stated = dict(zip(remote, pool.map(_state_of, remote), strict=True))
     sizes = {url: os.path.getsize(url) for url in urls if url not in stated and os.path.isfile(url)}
     sizes |= {url: size_of(about) for url, about in stated.items() if about is not None}
     return sizes, tuple(version_of(stated.get(url) or {}) for url in urls) if remote else ()
 
 
-def _ask(url: str) -> Mapping[str, Any] | None:
-    """Return what the server states about a shard; None if it does not exist."""
-    try:
-        return state_of(store_of(url.partition("://")[0]), url)
-    except FileNotFoundError:
-        return None
+def _state_of(url: str) -> Mapping[str, Any] | None:
+    store, key = resolve(url)
+    return store.state_if_any(key)
 
 
 def _check_spec(spec: str) -> None:
     if spec.startswith(PIPE) and not spec.removeprefix(PIPE).strip():
         raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
     packed = next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), "")
-    if packed and is_address(spec):
+    if packed and is_remote(spec):
         raise DinoError(f"{spec} is compressed; expected plain tar files", f"unpack them, as with `{packed} -d`")
     if packed and not spec.startswith(PIPE):
         # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
@@ -317,7 +314,7 @@ def _expand(spec: str) -> list[str]:
     """Return the shards that a specification names."""
     if spec.startswith(PIPE):
         return list(_ranges(spec))
-    if is_address(spec):
+    if is_remote(spec):
         return [url for text in _ranges(spec) for url in _remote_paths(text)]
     if os.path.isdir(spec):
         return sorted(str(path) for path in Path(spec).glob("*.[tT][aA][rR]") if not path.name.startswith("."))
@@ -329,11 +326,11 @@ def _expand(spec: str) -> list[str]:
 
 
 def _remote_paths(text: str) -> list[str]:
-    store = store_of(text.partition("://")[0])
+    store, _ = resolve(text)
     # In an address of the web, a question mark begins the query.
-    if not glob.has_magic(text.replace("?", "") if store.protocol in ("http", "https") else text):
+    if not glob.has_magic(text.replace("?", "") if store.is_web else text):
         return [text]
-    return sorted(address_of(store, key) for key in store.retry(lambda: store.files.glob(text), text))
+    return sorted(store.address_of(key) for key in store.retry(lambda: store.files.glob(text), text))
 
 
 def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list[str]]:
@@ -347,7 +344,7 @@ def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list
     for folder in dict.fromkeys(os.path.dirname(url) for url in size_by_url):
         path = os.path.join(folder, INDEX)
         try:
-            text = RemoteFile(path).readall() if is_address(path) else Path(path).read_bytes()
+            text = RemoteFile(path).readall() if is_remote(path) else Path(path).read_bytes()
         except (OSError, Denied):  # the headers of local shards give the counts too
             continue
         try:

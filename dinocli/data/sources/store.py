@@ -57,6 +57,11 @@ class Store:
         return store_of, (self.protocol,)
 
     @property
+    def is_web(self) -> bool:
+        """True for addresses of the web, whose folders are pages of links and whose keys are the addresses."""
+        return self.protocol in ("http", "https")
+
+    @property
     def files(self) -> Any:
         """File system of fsspec in this process."""
         if self._opened is None or self._opened[0] != os.getpid():
@@ -64,7 +69,7 @@ class Store:
 
             package, extra = NEEDS[self.protocol]
             # Without a cache of listings: it would hide new files, and cut files that have grown.
-            options = {} if self.protocol in ("http", "https") else {"use_listings_cache": False}
+            options = {} if self.is_web else {"use_listings_cache": False}
             try:
                 files = fsspec.filesystem(self.protocol, skip_instance_cache=True, **options)
             except ImportError as error:
@@ -106,11 +111,31 @@ class Store:
     def _hides_failure(self, error: FileNotFoundError) -> bool:
         """Return whether a file may exist: over HTTP, fsspec reports every failed HEAD request as a missing file."""
         cause = error.__cause__
-        return (
-            self.protocol in ("http", "https")
-            and cause is not None
-            and getattr(cause, "status", None) not in (404, 410)
-        )
+        return self.is_web and cause is not None and getattr(cause, "status", None) not in (404, 410)
+
+    def address_of(self, key: str) -> str:
+        """Return the address of a file with its protocol."""
+        return key if "://" in key else f"{self.protocol}://{key}"
+
+    def state_of(self, key: str) -> Mapping[str, Any]:
+        """Return what the server states about a file.
+
+        Raises:
+            FileNotFoundError: If it does not exist.
+            DinoError: If access is denied, or the network fails.
+        """
+        return self.retry(lambda: self.files.info(key), self.address_of(key))
+
+    def state_if_any(self, key: str) -> Mapping[str, Any] | None:
+        """Return what the server states about a file, or None if it does not exist.
+
+        Raises:
+            DinoError: If access is denied, or the network fails.
+        """
+        try:
+            return self.state_of(key)
+        except FileNotFoundError:
+            return None
 
 
 def store_of(protocol: str) -> Store:
@@ -124,6 +149,21 @@ def store_of(protocol: str) -> Store:
 @cache
 def _connect(protocol: str, settings: tuple[tuple[str, str], ...]) -> Store:
     return Store(protocol)
+
+
+def is_remote(spec: str) -> bool:
+    """Return whether a source is at an address that fsspec reads, by its name."""
+    protocol, mark, _ = spec.partition("://")
+    return bool(mark) and protocol in NEEDS
+
+
+def resolve(address: str) -> tuple[Store, str]:
+    """Return the file system of an address, and the key of the file or folder in it; a slash at the end stays."""
+    store = store_of(address.partition("://")[0])
+    if store.is_web:
+        return store, address
+    # The packages differ in whether they strip the slash too.
+    return store, store.files._strip_protocol(address).rstrip("/") + "/" * address.endswith("/")
 
 
 _CREDENTIALS = "set the credentials as for the cloud's own tool, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -149,21 +189,6 @@ def size_of(about: Mapping[str, Any]) -> int:
 def version_of(about: Mapping[str, Any]) -> str:
     """Return a checksum, number or time that changes with a file, as its server states it; empty if it states none."""
     return next((f"{name} {about[name]}" for name in _VERSIONS if about.get(name)), "")
-
-
-def address_of(store: Store, key: str) -> str:
-    """Return the address of a file with its protocol."""
-    return key if "://" in key else f"{store.protocol}://{key}"
-
-
-def state_of(store: Store, key: str) -> Mapping[str, Any]:
-    """Return what the server states about a file.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        DinoError: If access is denied, or the network fails.
-    """
-    return store.retry(lambda: store.files.info(key), address_of(store, key))
 
 
 def endpoint_of(files: Any) -> str:
@@ -199,13 +224,22 @@ def download(store: Store, key: str, size: int, most: float) -> bytes:
             raise EOFError(f"its body has {len(data)} of {stated} bytes")
         return data
 
-    return store.retry(request, address_of(store, key))
+    return store.retry(request, store.address_of(key))
 
 
 def place_of(text: str) -> Path:
     """Return the path in the cache of what a text names."""
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     return cache_folder() / "remote" / f"{int(digest[:2], 16) % _SHELVES:02x}" / digest[2:]
+
+
+def read_kept(place: Path, size: int) -> bytes | None:
+    """Return a file of the cache; None if it is not there, or has another size in bytes than known."""
+    try:
+        data = place.read_bytes()
+    except OSError:
+        return None
+    return data if size in (UNKNOWN, len(data)) else None
 
 
 def keep(place: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from dinocli.core.errors import DinoError
 from dinocli.data.images import megabytes_over
 from dinocli.data.sources.remote_file import RemoteFile
+from dinocli.data.sources.store import is_remote
 
 PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
@@ -224,16 +225,16 @@ class RemoteTar(StreamedTar):
 Tape = LocalTar | StreamedTar
 
 
-def is_address(url: str) -> bool:
-    """Return whether a shard is at an address, not a local file or the output of a command."""
-    return "://" in url and not url.startswith(PIPE)
+def is_stream(url: str) -> bool:
+    """Return whether a shard is the output of a command or at an address, not a local file."""
+    return url.startswith(PIPE) or is_remote(url)
 
 
 def tape_of(url: str, ahead: bool = False) -> Tape:
     """Return the reader of a shard."""
     if url.startswith(PIPE):
         return PipedTar(url)
-    return RemoteTar(url) if is_address(url) else LocalTar(url, ahead)
+    return RemoteTar(url) if is_remote(url) else LocalTar(url, ahead)
 
 
 def too_large(size: int, most: float) -> Unread:

@@ -17,8 +17,9 @@ from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import image_folder, open_images, open_source, splits
 from dinocli.data.sources.regular import Refused
-from dinocli.data.sources.remote import RemoteImages, is_remote
+from dinocli.data.sources.remote import RemoteImages
 from dinocli.data.sources.shards import Shards, read_sample
+from dinocli.data.sources.store import is_remote
 from dinocli.method.preset import load_preset
 from dinocli.train.logger import Progress
 from dinocli.train.plan import Plan, Saving
@@ -350,6 +351,8 @@ def test_a_single_image_or_archive_at_an_address_is_refused() -> None:
     with pytest.raises(DinoError, match="is compressed; expected plain tar files") as error:
         open_source("s3://b/x.tar.gz")
     assert error.value.hint == "unpack them, as with `gzip -d`"
+    with pytest.raises(DinoError, match=r"ftp://b/x\.tar does not exist; expected tar shards"):
+        open_source("ftp://b/x.tar")  # no address that is read, and no file
 
 
 def test_a_run_on_shards_in_s3_resumes_to_the_same_bits(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from remote_servers import cached, own_cache  # noqa: F401
+from remote_servers import cached
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources import store
