@@ -3,9 +3,9 @@
     python benchmarks/data.py PHOTOS [--images 64] [--rounds 5] [--others FOLDER]
 
 The methods run in turn, round after round, in one thread. The table shows the median processor time of the rounds, of
-parent and workers together. It also shows two ratios within each round: to the original as it runs, from files through
-its DataLoader, and to its ten pipelines alone, from bytes in memory without collating. Other load on the machine
-changes both sides of a ratio equally.
+parent and workers together. It also shows ratios within each round: to the original as it runs, from files through its
+DataLoader; to its ten pipelines alone, from bytes in memory without collating; to dinocli's own path in floats; and to
+lightly-train. Other load on the machine changes both sides of a ratio equally.
 
 With `--others`, also lightly-train's and torchcodec's, from the environment that `other_views.sh` makes. They start
 from files and do not collate.
@@ -22,7 +22,10 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,10 +40,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from dinocli.data.loader.train import TrainBatches
+from dinocli.core.device import keep_freed_memory
+from dinocli.data.loader import train
 from dinocli.data.sources.open import open_images
 from dinocli.method.preset import load_preset
 
+ORIGINAL, PIPELINES = "the original, in its loader", "the original's pipelines alone"
+FLOATS = "this, all on the CPU, in floats"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOCALS = 8
 SIZES = ((224, (0.25, 1.0), 1.0, 0.0), (224, (0.25, 1.0), 0.1, 0.2)) + ((96, (0.05, 0.25), 0.5, 0.0),) * LOCALS
@@ -154,7 +160,11 @@ def wait_until_idle(processes: list[int]) -> float:
 
 
 class Ours:
-    """dinocli's loader: the workers' output only, or complete views."""
+    """dinocli's loader: the workers' output only, or complete views.
+
+    Views of a CPU are made in bytes by compiled C++, as for `dino pretrain`; in bytes by numpy, as where there is no
+    compiler; or in floats, as a GPU makes them.
+    """
 
     def __init__(
         self,
@@ -165,21 +175,22 @@ class Ours:
         whole: bool,
         workers: int,
         reduce_above: float = 2,
-        compiled: bool = False,
+        way: Literal["compiled", "numpy", "floats"] = "compiled",
         on_device: bool = False,
     ) -> None:
         preset = load_preset("vits16", [f"views.locals={LOCALS}", f"images.reduce_above={reduce_above}"])
-        self.batches = TrainBatches(
-            open_images(folder),
-            preset.views,
-            batch_size=batch,
-            seed=0,
-            images=preset.images,
-            workers=workers,
-            device=torch.device(device),
-            compiled=compiled,
-            on_device=on_device,
-        )
+        with patch.object(train, "compile_library", lambda: None) if way == "numpy" else nullcontext():
+            self.batches = train.TrainBatches(
+                open_images(folder),
+                preset.views,
+                batch_size=batch,
+                seed=0,
+                images=preset.images,
+                workers=workers,
+                device=torch.device("meta" if way == "floats" else device),
+                on_device=on_device,
+            )
+        self.batches._device = torch.device(device)
         self.whole, self.batch, self.device = whole, batch, device
         self.views = iter(self.batches)
         self.slots = iter(self.batches._ring)
@@ -252,15 +263,16 @@ def ways(folder: str, images: int, batch: int, others: str | None) -> dict[str, 
         return lambda: measure(loader.take, loader.processes) * len(rgb) / (len(paths) // batch * batch)
 
     found = {
-        "the original, in its loader": in_its_loader(),
-        "the original's pipelines alone": lambda: measure(by_original),
+        ORIGINAL: in_its_loader(),
+        PIPELINES: lambda: measure(by_original),
         "torchvision v2's pipelines alone": lambda: measure(by_v2),
         # Batches for any device but a CPU: here the workers' part is all that runs.
         "this, workers only (the rest on a GPU)": ours(device="meta", whole=False, workers=1),
         "this, workers only, no photo decoded smaller": ours(device="meta", whole=False, workers=1, reduce_above=1e6),
         "this, workers only, JPEGs decoded on a GPU": ours(device="meta", whole=False, workers=1, on_device=True),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
-        "this, all on the CPU, compiled": ours(device="cpu", whole=True, workers=0, compiled=True),
+        "this, all on the CPU, without a compiler": ours(device="cpu", whole=True, workers=0, way="numpy"),
+        FLOATS: ours(device="cpu", whole=True, workers=0, way="floats"),
     }
     for way, name in WAYS.items() if others else ():
         found[name] = other(str(others), way, paths)
@@ -281,18 +293,21 @@ def main() -> None:
     parser.add_argument("--others", help="folder of the environment of other_views.sh")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `dino pretrain` does
     warnings.simplefilter("ignore")
     measured = ways(chosen.photos, chosen.images, min(32, chosen.images), chosen.others)
     rounds = [{name: way() for name, way in measured.items()} for _ in range(chosen.rounds)]
-    table = Table("way", "ms an image", "images/s a core", "times the original", "times its pipelines")
+    bases = {ORIGINAL: "the original", PIPELINES: "its pipelines", FLOATS: "floats"}
+    bases |= {WAYS["lightly-train"]: "lightly-train"} if chosen.others else {}
+    table = Table("way", "ms an image", "images/s a core", *(f"times {short}" for short in bases.values()))
     for name in measured:
         each = statistics.median(r[name] for r in rounds) / chosen.images
         spreads = []
-        for original_way in list(measured)[:2]:
-            ratios = sorted(r[original_way] / r[name] for r in rounds)
+        for base in bases:
+            ratios = sorted(r[base] / r[name] for r in rounds)
             spreads.append(f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]")
         table.add_row(name, f"{1000 * each:.2f}", f"{1 / each:.0f}", *spreads)
-    Console(width=140).print(table)
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def pretrain(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the transformer blocks and the augmentation (about a minute to start). Default: on CUDA.",
+            help="Compile the transformer blocks and a GPU's augmentation (about a minute to start). Default: on CUDA.",
             rich_help_panel=SPEED,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Memory and cores that this process may use, which a container may limit, and free disk space."""
+"""Memory and cores that this process may use, which a container may limit, free disk space, and the cache folder."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def ram_of(root: Path = ROOT) -> tuple[int, int]:
             reclaimable = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
             total, free = int(limit), max(0, min(free, int(limit) - int(used) + reclaimable))
     return free, total
+
+
+def cache_folder() -> Path:
+    """Return the folder for data that the tool can recreate."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinocli"
 
 
 def _list_groups(root: Path, controller: str) -> Iterator[Path]:

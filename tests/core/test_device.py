@@ -129,7 +129,7 @@ import os, resource, torch
 from dinocli.core.device import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    held = [torch.zeros(2**20) for _ in range(64)]  # 256 MiB in pieces of four
+    held = [torch.zeros(size) for size in 32 * [2**20] + 2 * [2**24]]  # 128 MiB in pieces of 4, and of 64
     del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for keep in (lambda: None, keep_freed_memory):

@@ -21,7 +21,8 @@ from dinocli.data.sources.clips import Clips
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Sample
-from dinocli.data.views.augment_bytes import ByteAugmenter, Changes, CompiledByteAugmenter, changes
+from dinocli.data.views.augment_bytes import ByteAugmenter, Changes, changes
+from dinocli.data.views.compiled_bytes import CompiledByteAugmenter
 from dinocli.data.views.crops import (
     Box,
     Floats,

@@ -28,7 +28,8 @@ from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
-from dinocli.data.views.augment_bytes import compile_library, normalize_bytes
+from dinocli.data.views.augment_bytes import normalize_bytes
+from dinocli.data.views.compiled_bytes import compile_library, normalize_compiled
 from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
 from dinocli.data.views.device_crops import Stored
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
@@ -58,7 +59,8 @@ class TrainBatches:
         device: Device of the batches. A CUDA device also applies color jitter and blur; on a CPU, the workers do.
         shard: Share of this process in each batch of the run.
         cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
-        compiled: True to compile the augmentation: on a CPU as C++, elsewhere with torch.compile.
+        compiled: True to compile the augmentation of a GPU with torch.compile. That of a CPU is compiled as C++ in any
+            case, if there is a compiler.
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
@@ -116,8 +118,8 @@ class TrainBatches:
             for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
         self._finished = device.type == "cpu" and not on_device
-        library = compile_library() if self._finished and compiled else None
-        cutter = Cutter(views, seed, images, finish=self._finished, library=library)
+        self._library = compile_library() if self._finished else None
+        cutter = Cutter(views, seed, images, finish=self._finished, library=self._library)
         kept = None
         if cache and isinstance(source, Images):
             largest = [view for those in views.variants for view in _list_cuts(those, clean)]
@@ -188,8 +190,8 @@ class TrainBatches:
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             if self._finished:
-                crops = [normalize_bytes(group, mean, std) for group in groups]
-                clean = None if clean is None else normalize_bytes(clean, mean, std)
+                crops = [self._normalized(group, mean, std) for group in groups]
+                clean = None if clean is None else self._normalized(clean, mean, std)
             else:
                 crops = [
                     augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
@@ -198,6 +200,11 @@ class TrainBatches:
                 clean = None if clean is None else augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
             yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean, places)
+
+    def _normalized(self, views: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if self._library:
+            return normalize_compiled(views, mean, std, self._library)
+        return normalize_bytes(views, mean, std)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.atomic import atomic
+from dinocli.core.resources import cache_folder
 from dinocli.data.decode.extras import EXTRAS
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom
 from dinocli.data.sources.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
@@ -164,11 +165,6 @@ def _collapse(ours: Iterable[str], names: Sequence[str]) -> list[str]:
         shared = top.endswith("/") and place < len(names) and names[place].startswith(top)
         tops[path if shared else top] = None
     return sorted(tops)
-
-
-def cache_folder() -> Path:
-    """Return the folder for data that the tool can recreate."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinocli"
 
 
 def _changes(root: Path, folders: Sequence[str]) -> NDArray[np.int64] | None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from dinocli.core.errors import DinoError, nearest
+from dinocli.core.resources import cache_folder
 from dinocli.data.decode.extras import MEDICAL
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
@@ -19,7 +20,7 @@ from dinocli.data.sources.hub import HUB, fetch_dataset
 from dinocli.data.sources.indexed import Images, StoredImages, folder_classes, label_fields
 from dinocli.data.sources.joined import JoinedImages, join_images
 from dinocli.data.sources.kinds import kind_of, looks_like_dicom, notes_of, remedy, unread
-from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
+from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, list_files
 from dinocli.data.sources.lists import LISTS, fields_of, merge_rows, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits

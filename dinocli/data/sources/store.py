@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from dinocli.core.atomic import atomic
 from dinocli.core.errors import DinoError
+from dinocli.core.resources import cache_folder
 from dinocli.data.images import megabytes_over
-from dinocli.data.sources.listing import cache_folder
 from dinocli.data.sources.regular import Refused
 
 # Package that reads each kind of address, and what to type for it.

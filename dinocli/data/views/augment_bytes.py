@@ -6,10 +6,8 @@ bytes, compiled or not. Each operation is within 2 levels of `augment`, which st
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -299,47 +297,3 @@ def normalize_bytes(views: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     for i in range(0, len(out), step):
         normalize(out[i : i + step].copy_(views[i : i + step]), 255 * mean, 255 * std)
     return out.unflatten(0, (count, images))
-
-
-class CompiledByteAugmenter:
-    """Augmentation of crops of one shape, with the library of `compile_library`. It makes the same bytes.
-
-    Args:
-        channels: Number of channels C.
-        size: Side of the crops in pixels.
-        library: Path of the library.
-    """
-
-    def __init__(self, channels: int, size: int, library: str) -> None:
-        self._channels, self._size = channels, size
-        self._work = torch.empty(channels * size * size, dtype=torch.uint8)
-        self._augment = ctypes.CDLL(library).augment_bytes
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._augment.argtypes = [pointer, pointer, number, number, pointer, pointer]
-
-    def __call__(self, crop: Tensor, changes: Changes) -> None:
-        """Replace a crop by its view, as `ByteAugmenter` does."""
-        flip, jitter, gray, blur, solarize = changes
-        numbers = [flip, gray, solarize, len(jitter)]
-        for step in jitter:
-            numbers += step
-        ends = np.ascontiguousarray(blur.ends) if blur else np.empty((0, 0), np.float32)
-        weights = blur.weights if blur else []
-        sent = np.array([*numbers, len(weights), *weights, *ends.shape], np.int64)
-        where = (crop.data_ptr(), self._work.data_ptr())
-        self._augment(*where, self._channels, self._size, sent.ctypes.data, ends.ctypes.data)
-
-
-def compile_library() -> str | None:
-    """Compile the operations with torch's C++ compiler, once for a machine.
-
-    Returns:
-        Path of the library. None if torch cannot compile here.
-    """
-    try:
-        # torch has no public way to its compiler that takes seconds and not minutes.
-        from torch._inductor.codecache import CppCodeCache
-
-        return str(CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text())._name)
-    except Exception:  # no compiler, a read-only cache, a torch whose private parts have moved: any error counts
-        return None

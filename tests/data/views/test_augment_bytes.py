@@ -1,47 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from byte_views import JITTER, SIZES, WILD, in_bytes, some_crops
 from no_draws import nothing
 from torch import Tensor
 
-from dinocli.data.views import augment_bytes
 from dinocli.data.views.augment import augment
-from dinocli.data.views.augment_bytes import (
-    ByteAugmenter,
-    CompiledByteAugmenter,
-    changes,
-    compile_library,
-    normalize_bytes,
-)
-from dinocli.data.views.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
-
-JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-WILD = JitterConfig(probability=1, brightness=1, contrast=1, saturation=1, hue=0.5)
-SIZES = [8, 17, 18, 19, 50]
-
-
-def some_crops(size: int, images: int = 1, channels: int = 3) -> Tensor:
-    """Return noise, edges and flat areas: all colors with all neighbours. [1, B, H, H, C]"""
-    generator = torch.Generator().manual_seed(0)
-    crops = torch.randint(0, 256, (1, images, size, size, channels), dtype=torch.uint8, generator=generator)
-    crops[:, :, : size // 2, : size // 3] = torch.tensor([0, 255] * channels, dtype=torch.uint8)[:channels]
-    crops[:, :, size // 2 :, : size // 3] //= 64
-    crops[:, :, size // 2 :, : size // 3] *= 85
-    return crops
-
-
-def in_bytes(crops: Tensor, drawn: Draws, library: str | None = None) -> Tensor:
-    """Return the views in levels. [V, B, C, H, H]"""
-    made, (size, channels) = crops.clone(), crops.shape[3:]
-    augmenter = CompiledByteAugmenter(channels, size, library) if library else ByteAugmenter(channels, size)
-    for view, steps in zip(made, changes(drawn, [size] * len(crops)), strict=True):
-        for crop, one in zip(view, steps, strict=True):
-            augmenter(crop, one)
-    return made.view(*crops.shape[:2], channels, size, size)
+from dinocli.data.views.augment_bytes import normalize_bytes
+from dinocli.data.views.crops import NUMBERS, Draws, ViewConfig, draws
 
 
 def in_floats(crops: Tensor, drawn: Draws) -> Tensor:
@@ -118,25 +86,6 @@ def test_each_crop_depends_on_its_own_draws_only() -> None:
     together = in_bytes(crops, draws(numbers, [view]))
     for i in range(12):
         assert torch.equal(in_bytes(crops[:, [i]], draws(numbers[[i]], [view]))[:, 0], together[:, i])
-
-
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_the_compiled_library_makes_the_same_bytes(channels: int) -> None:
-    library = compile_library()
-    if library is None:
-        pytest.skip("no C++ compiler")
-    calm = JitterConfig(probability=1, brightness=1, contrast=1, saturation=0, hue=0)
-    for size in SIZES:
-        color = {"jitter": WILD, "gray": 0.2} if channels == 3 else {"jitter": calm}
-        view = ViewConfig(size=size, scale=(0.25, 1.0), flip=0.5, blur=0.7, solarize=0.2, **color)
-        drawn = draws(np.random.default_rng(size).random((60, 1, NUMBERS)), [view])
-        crops = some_crops(size, images=60, channels=channels)
-        assert torch.equal(in_bytes(crops, drawn, library), in_bytes(crops, drawn))
-
-
-def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(augment_bytes, "__file__", str(tmp_path / "missing.py"))
-    assert compile_library() is None
 
 
 def test_normalization_of_finished_views() -> None:
