@@ -6,7 +6,7 @@ The original searches again for each k, in chunks of a hundredth of the queries.
 product, top-k, gathered labels, a weighted sum of one-hot vectors, and a sort of all classes. The features are random
 unit vectors around one center per class. Both implementations have them in memory; dinocli normalizes them once more,
 as always. "faiss" is one exact search for the largest k with an IndexFlatIP, without votes; "search" is dinocli's, and
-"search, float32" the same on a processor without AMX. All run in turn, round after round. The table shows the median of
+"search, float32" the same where bfloat16 is slow. All run in turn, round after round. The table shows the median of
 the rounds, the ratio within each round by wall time and by processor time, and the peak memory above that of the
 features. --search leaves out the two with votes; then the ratios are to faiss.
 """
@@ -87,8 +87,8 @@ def search_by_dinocli(train: Features, test: Features, k: int) -> list[float]:
 
 
 def search_in_float32(train: Features, test: Features, k: int) -> list[float]:
-    """Search once, without votes, as on a processor without AMX."""
-    with mock.patch.object(module, "has_bfloat16_tiles", lambda: False):
+    """Search once, without votes, as on a processor whose bfloat16 is slow."""
+    with mock.patch.object(module, "multiplies_bfloat16_fast", lambda: False):
         return search_by_dinocli(train, test, k)
 
 

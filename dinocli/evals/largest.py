@@ -24,15 +24,18 @@ _BITS = 2.0**-8  # largest relative error of rounding to bfloat16, which has 8 s
 class LargestCosines:
     """The k largest cosines of each query to the rows added so far.
 
-    A heap or a sort of all cosines costs as much as their computation. So columns are grouped, and a group is
-    searched only if its maximum reaches a threshold: the k-th largest cosine so far, or at first the k-th largest
-    maximum, which cannot exceed the k-th largest cosine.
+    In float32 faiss searches each block.
+
+    With `rounded`, all cosines are computed in bfloat16, and in float32 only those that may be among the k largest (see
+    `Rounded`). The result is that of float32; cosines that differ by its rounding errors may swap places. A heap or a
+    sort of all cosines costs as much as their computation. So columns are grouped, and a group is searched only if its
+    maximum reaches a threshold: the k-th largest cosine so far, or at first the k-th largest maximum, which cannot
+    exceed the k-th largest cosine.
 
     Args:
         queries: Queries of length 1 or 0. [Q, D]
         k: Number of rows to keep per query.
-        rounded: True to compute all cosines in bfloat16, and in float32 only those that may be among the k largest (see
-            `Rounded`). The result is that of float32; cosines that differ by its rounding errors may swap places.
+        rounded: True to compute in bfloat16 first. It pays where the processor multiplies bfloat16 fast.
 
     Attributes:
         cosines: Largest cosines, in descending order; -inf while fewer than k rows were added. [Q, k]
@@ -53,23 +56,31 @@ class LargestCosines:
             rows: Rows of length 1 or 0. [S, D]
             numbers: Numbers of these rows in the result. [S]
         """
-        rounded = Rounded.of(rows) if self._rounded is not None and len(rows) > _WORTH * self._k else None
+        start = 0
+        if self._rounded is not None and len(rows) > _WORTH * self._k:
+            start = self._add_rounded(self._rounded, rows, numbers)
+        if start < len(self._queries):
+            rest, k = slice(start, None), min(self._k, len(rows))
+            cosines, columns = faiss.knn(self._queries[rest], rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+            self._merge(rest, cosines, np.where(columns >= 0, numbers[columns], -1))
+
+    def _add_rounded(self, queries: Rounded, rows: Floats, numbers: Indices) -> int:
+        """Add a block of rows, and return the number of queries that have them."""
+        rounded = Rounded.of(rows)
+        error = queries.error(rounded)
         members = min(_LARGEST_GROUP, max(1, int((len(rows) / self._k) ** 0.5)))
         width = -(-len(rows) // members) * members
         step = max(1, _COSINE_BYTES // (4 * width))
-        start = 0
-        while start < len(self._queries):
+        for start in range(0, len(queries.values), step):
             block = slice(start, start + step)
-            if rounded is None:
-                cosines, columns = self._search(block, rows, members, width)
-            elif found := self._search_rounded(block, rows, rounded, members, width):
-                cosines, columns = found
-            else:
+            found = self._search(block, rows, rounded, error[block], members, width)
+            if found is None:
                 # The rows are too close together for bfloat16, and probably also to the other queries.
-                rounded = self._rounded = None
-                continue
+                self._rounded = None
+                return start
+            cosines, columns = found
             self._merge(block, cosines, np.where(columns >= 0, numbers[columns], -1))
-            start = block.stop
+        return len(queries.values)
 
     def _multiply(self, queries: Tensor, rows: Tensor, width: int) -> Tensor:
         """Return all products, padded with -inf. [q, D], [S, D] -> [q, width]"""
@@ -83,27 +94,17 @@ class LargestCosines:
             torch.mm(queries, rows[some].T, out=cosines[:, some])
         return cosines
 
-    def _search(self, block: slice, rows: Floats, members: int, width: int) -> tuple[Floats, Indices]:
-        """Return candidates for the k largest and their columns, padded with -inf and -1. [q, c] each"""
-        queries = torch.from_numpy(self._queries[block])
-        cosines = self._multiply(queries, torch.from_numpy(rows), width)
-        maxima = _maxima(cosines, members)
-        least = self._threshold(block, maxima)
-        found = None if least is None else _find(cosines, maxima, least, members, max(4 * self._k, len(rows) // 8))
-        if found is None:  # a small block, or many equal cosines
-            best = cosines[:, : len(rows)].topk(min(self._k, len(rows)))
-            return best.values.numpy(), best.indices.numpy()
-        return _pad(*found, len(queries))
-
-    def _search_rounded(
-        self, block: slice, rows: Floats, rounded: Rounded, members: int, width: int
+    def _search(
+        self, block: slice, rows: Floats, rounded: Rounded, error: NDArray[np.float64], members: int, width: int
     ) -> tuple[Floats, Indices] | None:
-        """Return the same as `_search`, or None if too many cosines are within the error bound."""
+        """Return candidates for the k largest and their columns, padded with -inf and -1. [q, c] each
+
+        None if too many cosines are within the error bound.
+        """
         assert self._rounded is not None
         queries = self._rounded.values[block]
         cosines = self._multiply(queries, rounded.values, width)
         maxima = _maxima(cosines, members)
-        error = self._rounded.error(rounded)[block]
         least = self._threshold(block, maxima, error)
         if least is None:
             return None
@@ -117,13 +118,13 @@ class LargestCosines:
         keep = exact >= least[query]
         return _pad(query[keep], column[keep], exact[keep], len(queries))
 
-    def _threshold(self, block: slice, maxima: Floats, error: NDArray[np.float64] | None = None) -> Floats | None:
+    def _threshold(self, block: slice, maxima: Floats, error: NDArray[np.float64]) -> Floats | None:
         """Return the least cosine that can be among the k largest. None if there are too few rows to tell. [q]
 
         Args:
             block: Queries of the cosines.
             maxima: Maxima of groups of cosines. [q, G]
-            error: Largest error of the maxima before their rounding to bfloat16. If None, they are exact. [q]
+            error: Largest error of the maxima before their rounding to bfloat16. [q]
         """
         so_far = self.cosines[block, -1]
         if np.isfinite(so_far).all():
@@ -132,7 +133,7 @@ class LargestCosines:
         if groups < self._k:
             return None
         kth = np.partition(maxima, groups - self._k, axis=1)[:, groups - self._k]
-        return kth if error is None else _round_down(kth - _BITS * np.abs(kth.astype(np.float64)) - error)
+        return _round_down(kth - _BITS * np.abs(kth.astype(np.float64)) - error)
 
     def _merge(self, block: slice, cosines: Floats, rows: Indices) -> None:
         if np.isfinite(self.cosines[block, 0]).any():

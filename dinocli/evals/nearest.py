@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.core.device import has_bfloat16_tiles
+from dinocli.core.device import multiplies_bfloat16_fast
 from dinocli.core.tensors import Indices, Values
 from dinocli.evals.equal import first_equal
 from dinocli.evals.largest import LargestCosines
@@ -45,7 +45,7 @@ def nearest(
     originals, queries = queries, unit(queries)
     count = len(values) if among is None else len(among)
     step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]), _ROWS_PER_NEIGHBOUR * k)
-    largest = LargestCosines(queries, k, rounded=has_bfloat16_tiles())
+    largest = LargestCosines(queries, k, rounded=multiplies_bfloat16_fast())
     for first in range(0, count, step):
         last = min(count, first + step)
         numbers = np.arange(first, last) if among is None else among[first:last]

@@ -15,6 +15,7 @@ from dinocli.core.device import (
     exactly,
     float32_products,
     has_bfloat16,
+    multiplies_bfloat16_fast,
     peak_memory,
     pick_device,
     training_precision,
@@ -58,6 +59,21 @@ def test_native_bfloat16_is_read_from_the_cpu_capabilities(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_bfloat16(torch.device("cpu")) == native
     assert not has_bfloat16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"amx_bf16": False, "avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_fast_by_tiles_or_on_amd(capabilities: dict, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert multiplies_bfloat16_fast() == fast
 
 
 @pytest.mark.parametrize(

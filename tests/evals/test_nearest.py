@@ -108,17 +108,17 @@ def test_blocks_grow_with_k_because_each_collects_k_neighbours_anew(
     assert (np.diff(cosines) <= 0).all()
 
 
-@pytest.mark.parametrize("tiles", [True, False])
-def test_products_are_rounded_first_only_where_the_processor_has_tiles(
-    monkeypatch: pytest.MonkeyPatch, tiles: bool
+@pytest.mark.parametrize("fast", [True, False])
+def test_products_are_rounded_first_only_where_the_processor_multiplies_bfloat16_fast(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     asked: list[bool] = []
     original = module.LargestCosines
-    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: tiles)
+    monkeypatch.setattr(module, "multiplies_bfloat16_fast", lambda: fast)
     monkeypatch.setattr(
         module, "LargestCosines", lambda *given, rounded: asked.append(rounded) or original(*given, rounded=rounded)
     )
     values = drawn(3000, 32)
     cosines, found = nearest(values, values[:80], 4)
-    assert asked == [tiles]
+    assert asked == [fast]
     assert (found[:, 0] == np.arange(80)).all() and (cosines[:, 0] == 1).all()
