@@ -234,8 +234,21 @@ def open_shards(*specs: str) -> Shards:
     """
     for spec in specs:
         _check_spec(spec)
-    spec = specs[0] if len(specs) == 1 else shlex.join(specs)
-    urls = [url for each in specs for url in _expand(each)]
+    return open_shards_at(
+        [url for each in specs for url in _expand(each)], shlex.join(specs) if specs[1:] else specs[0]
+    )
+
+
+def open_shards_at(urls: list[str], spec: str) -> Shards:
+    """Open tar shards at paths, addresses or commands in which nothing is a pattern.
+
+    Args:
+        urls: Paths, addresses or `pipe:COMMAND`.
+        spec: Shards as the user named them.
+
+    Raises:
+        DinoError: If a shard is missing, or the shards hold no image.
+    """
     if any(url.startswith(PIPE) for url in urls):
         return Shards(spec, urls, [], None)
     sizes, versions = _measure(urls)
@@ -329,6 +342,8 @@ def _remote_paths(text: str) -> list[str]:
     store, _ = resolve(text)
     # In an address of the web, a question mark begins the query.
     if not glob.has_magic(text.replace("?", "") if store.is_web else text):
+        return [text]
+    if _state_of(text):  # brackets in a name are no pattern, as on a disk
         return [text]
     return sorted(store.address_of(key) for key in store.retry(lambda: store.files.glob(text), text))
 
