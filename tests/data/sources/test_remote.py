@@ -350,6 +350,12 @@ def test_shards_in_s3_are_the_same_samples_as_local_ones(bucket: Bucket, tmp_pat
     before = source.fingerprint
     written(bucket, "s", {tars[0]: files[tars[0]][::-1]})
     assert open_source("s3://photos/s").fingerprint != before
+    size = len(files[tars[0]])
+    written(bucket, "s", {tars[0]: files[tars[0]][: size // 2]})
+    (note,) = open_source("s3://photos/s").notes
+    assert note.startswith(
+        f"1 shards differ in size from index.json, such as s3://photos/s/{tars[0]} of {size // 2} bytes"
+    )
     with pytest.raises(DinoError, match=r"s3://photos/s/none-1\.tar does not exist; expected tar shards"):
         open_source("s3://photos/s/none-{0..1}.tar".replace("{0..1}", "{1..2}"))
     with pytest.raises(DinoError, match="holds tar shards; expected images with random access"):
