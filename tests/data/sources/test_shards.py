@@ -173,6 +173,11 @@ def test_a_shard_that_is_cut_between_members_is_named(tmp_path: Path) -> None:
     found = open_shards(str(tmp_path))
     assert found.counts == [2, 2]
     assert found.notes == (f"1 shards without the zeros that end a tar file, such as {cut}: images may be missing",)
+    whole = (tmp_path / "train-001.tar").read_bytes()
+    appended = write_tar(tmp_path / "more" / "a.tar", [("a.jpg", b"a")])
+    for kept, notes in ((appended.stat().st_size, 0), (1024, 1)):  # all of the second archive, or its member alone
+        (tmp_path / "more" / "b.tar").write_bytes(whole + appended.read_bytes()[:kept])
+        assert len(open_shards(str(tmp_path / "more" / "b.tar")).notes) == 1 + notes  # one image of three has no label
     index = {"classes": [], "shards": {"train-000.tar": 3, "train-001.tar": 2}, "bytes": sizes}
     (tmp_path / "index.json").write_text(json.dumps(index))
     differs = "1 shards differ in size from index.json, such as"
