@@ -161,6 +161,11 @@ def export(
             f"{precision}: mean cosine {reduced.cosine:.5f} to float32, least {reduced.least:.5f}, on {reduced.images} "
             f"{'images of noise' if reduced.noise else 'images'}"
         )
+        if reduced.batch_effect > 0.001:
+            console.say(
+                f"note: an image's features depend on the others in its batch: {reduced.batch_effect:.2g} standard "
+                "deviations between alone and in a batch of 8; --images IMAGES avoids this"
+            )
         console.say(
             f"{precision}: {reduced.milliseconds:.3g} ms per image on this CPU and {format_bytes(reduced.bytes)}; "
             f"float32 {reduced.milliseconds_float32:.3g} ms and {format_bytes(reduced.bytes_float32)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL.GifImagePlugin import getdata
 
 from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import Pixels
+from dinocli.data.decode.video import usual_matrix
 from dinocli.data.sources.frames import pyav
 from dinocli.viz.picture import Tile, sheet
 
@@ -95,6 +97,8 @@ def write_mp4(frames: Iterable[Pixels], path: Path, per_second: Fraction) -> Non
         DinoError: If the package av is not installed.
     """
     av = pyav()
+    module: Any = import_module("av.video.reformatter")
+    reformatter = module.VideoReformatter()
     with atomic(path) as draft, av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as file:
         stream: Any = None
         for frame in frames:
@@ -102,5 +106,10 @@ def write_mp4(frames: Iterable[Pixels], path: Path, per_second: Fraction) -> Non
                 stream = file.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=per_second)
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                # Stated, and the one that players assume anyway: MPEG-4 Part 2 does not state it.
+                matrix = usual_matrix(stream.width, stream.height)
+                stream.codec_context.colorspace = matrix
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = reformatter.reformat(rgb, format="yuv420p", dst_colorspace=module.Colorspace(matrix))
+            file.mux(stream.encode(yuv))
         file.mux(stream.encode())

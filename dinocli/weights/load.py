@@ -15,6 +15,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from safetensors import safe_open
 
 from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import run_of
@@ -35,6 +36,9 @@ from dinocli.weights.released import IMAGENET, Preprocessing
 
 LOCAL = "local-dir:"
 _PATIENCE = 8.0  # seconds to wait for the hub's answer
+# Files of weights in a folder or a repository, in the order in which timm prefers them.
+_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_BIAS = ".attn.qkv.bias"
 
 
 def load_encoder(source: str, device: torch.device, which: Which = "teacher", overrides: Sequence[str] = ()) -> Encoder:
@@ -244,8 +248,40 @@ def load_timm(name: str) -> tuple[Backbone, Preprocessing]:
         raise _no_download(name, why) from error
     released: Mapping[str, Any] = model.pretrained_cfg
     refuse_not_finite(model.state_dict(), f"timm:{name}", "use other weights")
+    _refuse_dropped_biases(name, model)
     backbone = adapt(model, _positions_of(name, released))
     return backbone, Preprocessing(released["input_size"][-1], tuple(released["mean"]), tuple(released["std"]))
+
+
+def _refuse_dropped_biases(name: str, model: Any) -> None:
+    """Check that timm did not drop biases of DINOv3's own files, as its names without `_qkvb` do without a warning.
+
+    Raises:
+        DinoError: If it did: the features would be those of another network.
+    """
+    if type(model).__name__ != "Eva" or any(key.endswith(".q_bias") for key in model.state_dict()):
+        return
+    folder = Path(name.removeprefix(LOCAL))
+    places = [folder / file for file in _FILES] if name.startswith(LOCAL) else map(Path, _cached_files(name))
+    path = next((place for place in places if place.exists()), None)
+    if path and _has_biases_of_dinov3(path):
+        raise DinoError(
+            f"timm:{name}: the network without `_qkvb` in its name drops the biases of queries and values in {path}",
+            f"use {path} itself" if name.startswith(LOCAL) else "use the file of weights itself",
+        )
+
+
+def _has_biases_of_dinov3(path: Path) -> bool:
+    """Return whether weights under DINOv3's own keys have biases of queries, keys or values other than 0."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            stored = {key: file.get_tensor(key) for key in keys if "storage_tokens" in keys and _BIAS in key}
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = {key: value for key, value in content.items() if "storage_tokens" in content and _BIAS in key}
+    biases = {key: value for key, value in stored.items() if key.endswith(_BIAS)}
+    return any((value * stored.get(f"{key}_mask", torch.ones(()))).any() for key, value in biases.items())
 
 
 @contextmanager
@@ -383,10 +419,14 @@ def _hub_answers(name: str) -> bool:
 
 
 def _is_cached(name: str) -> bool:
+    return any(_cached_files(name))
+
+
+def _cached_files(name: str) -> Iterator[str]:
+    """Yield the files of weights of a model that the hub's cache holds."""
     repository, revision = _repository(name)
-    files = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-    found = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
-    return any(isinstance(place, str) for place in found)
+    found = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in _FILES)
+    yield from (place for place in found if isinstance(place, str))
 
 
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:

@@ -38,6 +38,8 @@ class Reduced:
         least: Smallest cosine.
         images: Number of images compared.
         noise: True if these are random numbers.
+        batch_effect: Difference between an image's features alone and in a batch of 8, in their standard deviations;
+            root mean square over the images.
         milliseconds: Time per image in onnxruntime on the CPU, in batches of 8; median of five.
         milliseconds_float32: The same of the float32 graph.
         bytes: Size of the file.
@@ -49,6 +51,7 @@ class Reduced:
     least: float
     images: int
     noise: bool
+    batch_effect: float
     milliseconds: float
     milliseconds_float32: float
     bytes: int
@@ -67,7 +70,8 @@ def reduce_onnx(
 
     float16 converts weights and operations; inputs and outputs stay float32. int8 quantizes the weights of matrix
     products per channel and their inputs at run time; with images, it also quantizes convolutions, with ranges that
-    are calibrated on half of the images. The other half is for the comparison.
+    are calibrated on half of the images. The other half is for the comparison. Ranges at run time are those of a whole
+    batch, so that an image's features depend on the others in it; calibrated ranges are fixed.
 
     Raises:
         DinoError: If the graph has nothing to quantize, or its features are not finite or have a mean cosine below 0.9.
@@ -84,7 +88,8 @@ def reduce_onnx(
             _quantize_products(path) if source is None else _quantize_calibrated(path, images[::2])
         finally:
             logging.disable(logging.NOTSET)
-    made, quick = _run(load_onnx(path), compared)
+    reduced = load_onnx(path)
+    made, quick = _run(reduced, compared)
     hint = "--precision float32" if precision == "float16" else "--precision float16, or calibrate with --images IMAGES"
     if bad := made.numel() - int(made.isfinite().sum()):
         raise DinoError(f"{bad:,} of {made.numel():,} features in {precision} are not finite", hint)
@@ -96,7 +101,19 @@ def reduce_onnx(
             f"{_LEAST_COSINE} or more",
             hint,
         )
-    return Reduced(precision, mean, least, len(compared), source is None, quick, slow, path.stat().st_size, size)
+    effect = _batch_effect(reduced, compared, made)
+    return Reduced(
+        precision, mean, least, len(compared), source is None, effect, quick, slow, path.stat().st_size, size
+    )
+
+
+def _batch_effect(loaded: Loaded, images: Tensor, together: Tensor) -> float:
+    """Return the difference that the other images of a batch make, whose extremes scale all in dynamic quantization."""
+    if len(images) < 2:
+        return 0.0
+    alone = torch.cat([loaded(image) for image in images.split(1)])
+    spread = (together - together.mean(0)).square().mean().sqrt()
+    return float((alone - together).square().mean().sqrt() / spread.clamp_min(1e-12))
 
 
 def _read_images(encoder: Encoder, size: int, source: Source | None) -> Tensor:

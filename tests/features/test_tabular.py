@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,52 @@ def test_embedding_atlas_draws_the_features_of_a_parquet_file(tmp_path: Path) ->
     assert table["path"].to_pylist() == [f"{i}.png" for i in range(60)]
     places = np.column_stack([table["projection_x"].to_numpy(), table["projection_y"].to_numpy()])
     assert np.isfinite(places).all() and len(np.unique(places, axis=0)) == 60
+
+
+# As in the docs. Vectors travel as JSON, which holds float32 exactly.
+OPEN_IN_FIFTYONE = """
+import json, sys
+import fiftyone, pandas
+
+dataset = fiftyone.Dataset("features")
+for row in pandas.read_parquet(sys.argv[1]).itertuples():
+    sample = fiftyone.Sample(filepath=sys.argv[2] + "/" + row.path, tags=[row.split], feature=row.feature)
+    if pandas.notna(row[3]):
+        sample["class"] = fiftyone.Classification(label=row[3])
+    dataset.add_sample(sample)
+assert isinstance(dataset.get_field("feature"), fiftyone.VectorField)
+found = {key: dataset.values(key) for key in ("filepath", "tags", "class.label")}
+found["feature"] = [vector.tolist() for vector in dataset.values("feature")]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fiftyone_opens_the_rows_of_a_parquet_file_as_samples(tmp_path: Path, dtype: str) -> None:
+    """FiftyOne starts its own MongoDB server, in a process of its own, and holds the paths, classes and vectors."""
+    found = find_spec("fiftyone")  # importing it would start its server in this process
+    if found is None or found.origin is None:
+        pytest.skip("the package fiftyone is not installed")
+    pytest.importorskip("pyarrow")
+    server = Path(found.origin).parent / "db" / "bin" / "mongod"
+    if not server.exists() or subprocess.run([server, "--version"], capture_output=True).returncode:
+        pytest.skip(f"{server}, the server of the package fiftyone, does not run on this machine")
+    (path,) = write_tabular(stored(tmp_path, dtype), "val", tmp_path, "parquet")
+    environment = os.environ | {
+        "HOME": str(tmp_path),
+        "FIFTYONE_DATABASE_DIR": str(tmp_path / "database"),
+        "FIFTYONE_DATABASE_VALIDATION": "false",  # no message about the server's age
+        "FIFTYONE_DO_NOT_TRACK": "true",
+    }
+    command = [sys.executable, "-c", OPEN_IN_FIFTYONE, str(path), "/photos"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    samples = json.loads(ran.stdout.splitlines()[-1])
+    assert samples["filepath"] == [f"/photos/{name}" for name in NAMES]
+    assert samples["tags"] == [["val"]] * 3
+    assert samples["class.label"] == ["b", "a", None]
+    assert np.array_equal(np.array(samples["feature"], dtype), VALUES.astype(dtype))
 
 
 def test_pandas_gets_features_from_python(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import assert_same_features
 from pydantic import ValidationError
 
 from dinocli.core.errors import DinoError
@@ -17,6 +18,10 @@ NAMES = {
     "vit_tiny_patch16_224": VIT,
     "vit_small_patch16_dinov3_qkvb": ROTARY,
     "vit_small_plus_patch16_dinov3_qkvb": ROTARY,
+    # Their attention reads the weight of `qkv`, and does not call the layer.
+    "beit_base_patch16_224": VIT,
+    "eva02_tiny_patch14_224": VIT,
+    "eva02_base_patch14_224": VIT,  # queries, keys, values and a gated MLP apart
 }
 
 
@@ -35,7 +40,9 @@ def test_lora_changes_nothing_at_first(name: str) -> None:
     adapted = copy.deepcopy(plain)
     train_only(adapted, TrainLora(kind="lora", rank=4))
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(adapted(images).cls, plain(images).cls, rtol=0, atol=0)
+    assert_same_features(adapted(images).cls, plain(images).cls)
+    for ours, theirs in zip(effective_weights(adapted, plain), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_rank_beyond_that_of_the_layers_is_an_error_with_a_valid_rank() -> None:
@@ -55,7 +62,8 @@ def test_only_the_additions_are_trained_and_all_get_a_gradient(name: str) -> Non
     count = sum(parameter.numel() for parameter in backbone.parameters())
     train_only(backbone, TrainLora(kind="lora", rank=4))
     additions = [module for module in backbone.modules() if isinstance(module, LowRank)]
-    assert len(additions) == 3 * (4 if "plus" in name else 3)
+    layers = {"vit_small_plus_patch16_dinov3_qkvb": 4, "eva02_base_patch14_224": 6}
+    assert len(additions) == 3 * layers.get(name, 3)
     for addition in additions:
         torch.nn.init.normal_(addition.b, std=0.02)
     backbone(torch.randn(2, 3, 32, 32)).patches.square().sum().backward()

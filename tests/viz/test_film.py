@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.viz.film import shown, small, write_gif, write_strip
+from dinocli.data.decode.video import read_frame
+from dinocli.data.images import DEFAULTS
+from dinocli.viz.film import shown, small, write_gif, write_mp4, write_strip
 from dinocli.viz.picture import Tile
 
 
@@ -68,3 +71,20 @@ def test_a_strip_shows_first_and_last_and_no_frame_twice(tmp_path: Path) -> None
 def test_small_keeps_the_aspect_ratio_and_never_enlarges() -> None:
     assert small(flat(1, 200, 400), 100).shape == (50, 100, 3)
     assert small(flat(1), 100).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("size", [(48, 64), (720, 1280)])
+def test_an_mp4_is_shown_in_its_colors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], codec: str
+) -> None:
+    """It is the one that players assume: MPEG-4 Part 2 states none."""
+    av = pytest.importorskip("av")
+    monkeypatch.setattr(av, "codecs_available", {codec})
+    color = (180, 60, 90)
+    write_mp4([np.full((*size, 3), color, np.uint8)] * 2, tmp_path / "a.mp4", Fraction(10))
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        luma = np.asarray(next(file.decode(video=0)).to_ndarray())[9, 9]
+    red, blue = (0.2126, 0.0722) if size[0] == 720 else (0.299, 0.114)
+    assert luma == pytest.approx(16 + 219 / 255 * (np.array(color) @ [red, 1 - red - blue, blue]), abs=2)
+    np.testing.assert_allclose(np.asarray(read_frame(str(tmp_path / "a.mp4"), 0, DEFAULTS))[9, 9], color, atol=4)

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from random_weights import fill, largest_difference
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.weights.load import load_encoder
+from dinocli.method.preset import load_preset
+from dinocli.weights.load import load_encoder, start_from
 
 CPU = torch.device("cpu")
 WEB, SATELLITE = (0.485, 0.456, 0.406), (0.430, 0.411, 0.296)
@@ -97,6 +101,44 @@ def test_heads_for_distillation_in_a_file_of_eupe_are_ignored(form: str, tmp_pat
     torch.save(weights | {"projectors.0.mlp.0.weight": torch.ones(3, 64)}, tmp_path / "b.pth")
     first, second = (load_encoder(str(tmp_path / f"{name}.pth"), CPU) for name in "ab")
     assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_biases_that_timm_would_drop_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's names without `_qkvb` drop them, and load_state_dict reports that all keys match."""
+
+    def folder(name: str, weights: dict[str, Tensor], architecture: str) -> Path:
+        (tmp_path / name).mkdir()
+        options = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_reg_tokens": 4}
+        config = {"architecture": architecture, "model_args": options, "num_classes": 0}
+        about = {"input_size": [3, 64, 64], "mean": WEB, "std": WEB, "num_classes": 0}
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"pretrained_cfg": about}))
+        save = save_file if kind.endswith("safetensors") else torch.save
+        save(weights, tmp_path / name / kind)
+        return tmp_path / name
+
+    model, images = vision_transformer(), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    weights = released(model)
+    with torch.no_grad():
+        expected = model(images).last_hidden_state[:, 0]
+    biased = folder("biased", weights, "vit_small_patch16_dinov3")
+    with pytest.raises(DinoError, match="drops the biases of queries and values in") as error:
+        load_encoder(f"timm:local-dir:{biased}", CPU)
+    assert error.value.hint == f"use {biased / kind} itself"
+    for source in (str(biased / kind), f"timm:local-dir:{folder('own', weights, 'vit_small_patch16_dinov3_qkvb')}"):
+        assert largest_difference(load_encoder(source, CPU).features(images), expected) < 1e-5
+    # The released weights have biases of 0, which are dropped without harm.
+    zeros = weights | {key: torch.zeros_like(value) for key, value in weights.items() if key.endswith("qkv.bias")}
+    load_encoder(f"timm:local-dir:{folder('zeros', zeros, 'vit_small_patch16_dinov3')}", CPU)
+
+
+def test_a_preset_without_biases_refuses_weights_with_them(tmp_path: Path) -> None:
+    torch.save(released(vision_transformer()), tmp_path / "x.pth")
+    shape = "{img_size=64, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2, num_reg_tokens=4}"
+    for name, fits in (("vit_small_patch16_dinov3", False), ("vit_small_patch16_dinov3_qkvb", True)):
+        method = load_preset("tiny-dino", [f"backbone.name={name}", f"backbone.options={shape}"]).method()
+        with nullcontext() if fits else pytest.raises(DinoError, match=r"attn\.q_bias is unknown"):
+            start_from(method, str(tmp_path / "x.pth"))
 
 
 def test_a_mask_that_leaves_a_bias_of_keys_is_refused(tmp_path: Path) -> None:

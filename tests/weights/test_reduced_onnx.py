@@ -66,6 +66,24 @@ def test_a_reduced_graph_is_smaller_and_its_distance_is_measured(
     assert (onnx.TensorProto.FLOAT16 if precision == "float16" else onnx.TensorProto.INT8) in kinds
 
 
+def test_the_effect_of_a_batch_on_its_images_is_measured_and_calibration_avoids_it(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    """Dynamic quantization scales the inputs of a product by the extremes of the whole batch."""
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))  # the noise that is compared
+    for precision, least, most in (("int8", 0.002, 0.1), ("float16", 0, 0.0005)):
+        path = graph(tmp_path / f"{precision}.onnx")
+        effect = reduce_onnx(path, precision, encoder, "cls", SHAPE).batch_effect  # type: ignore[arg-type]
+        assert least <= effect < most
+        made = load_onnx(path)
+        together = np.concatenate([made(images[i : i + 8]) for i in range(0, 64, 8)])
+        alone = np.concatenate([made(image[None]) for image in images])
+        assert effect == pytest.approx(np.sqrt(((alone - together) ** 2).mean() / together.var(0).mean()), rel=0.01)
+    source = open_source(str(write_images(tmp_path / "images", 32, 16)))
+    path = graph(tmp_path / "calibrated.onnx")
+    assert reduce_onnx(path, "int8", encoder, "cls", SHAPE, source).batch_effect < 1e-6
+
+
 def test_int8_without_images_needs_a_product(tmp_path: Path, encoder: Encoder) -> None:
     path = graph(tmp_path / "x.onnx", product=False)
     with pytest.raises(DinoError, match="no matrix products") as error:

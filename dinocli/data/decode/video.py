@@ -18,6 +18,7 @@ from dinocli.data.images import ImagesConfig
 
 _MICROSECONDS = 1_000_000  # the unit of a container's times
 _SLACK = 1e-3  # seconds; times in names are rounded to this
+_BT709, _BT601, _UNTAGGED = 1, 5, 2  # FFmpeg's numbers of color matrices; the last if a file states none
 
 
 def orientation(frame: Any) -> int:
@@ -26,12 +27,24 @@ def orientation(frame: Any) -> int:
     return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
 
 
+def usual_matrix(width: int, height: int) -> int:
+    """Return FFmpeg's number of the color matrix that players assume for a video that states none.
+
+    FFmpeg itself assumes BT.601 for every size.
+
+    Source: mpv, mp_csp_guess_colorspace.
+    """
+    return _BT709 if width >= 1280 or height > 576 else _BT601
+
+
 def upright_pixels(frame: Any) -> Pixels:
     """Return the pixels of a video frame, upright. [H, W, 3]"""
-    reformatter: Any = import_module("av.video.reformatter").VideoReformatter()
+    module: Any = import_module("av.video.reformatter")
+    reformatter, untagged = module.VideoReformatter(), frame.colorspace == _UNTAGGED
+    matrix = module.Colorspace(usual_matrix(frame.width, frame.height)) if untagged else None
     # `frame.to_ndarray` alone would keep a reformatter with threads in the frame, and a frame is freed only by the
     # garbage collector, because its side data refer to it. In a process forked before that, freeing the threads hangs.
-    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    pixels = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix).to_ndarray()
     return turned(pixels, orientation(frame))
 
 

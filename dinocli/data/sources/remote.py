@@ -7,7 +7,7 @@ import posixpath
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dinocli.data.sources.members import select_images
 from dinocli.data.sources.parquet import ARROW, PARQUET, ParquetImages, open_remote_parquet
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote_file import RemoteFile
-from dinocli.data.sources.shards import Shards, is_shards, open_shards
+from dinocli.data.sources.shards import Shards, is_shards, open_shards, open_shards_at
 from dinocli.data.sources.store import (
     Denied,
     Store,
@@ -125,7 +125,7 @@ def open_remote(spec: str) -> RemoteImages | ParquetImages | Shards:
     if SUFFIXES.isdisjoint(os.path.splitext(key)[1].lower() for key in keys):
         shown = [store.address_of(key) for key in keys if not posixpath.basename(key).startswith(".")]
         if shards := sorted(url for url in shown if url.lower().endswith(".tar")):
-            return replace(open_shards(*shards), where=spec)
+            return open_shards_at(shards, spec)
         if tables := [url for url in shown if url.lower().endswith(PARQUET)]:
             return open_remote_parquet(spec, tables)
 

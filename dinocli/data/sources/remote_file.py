@@ -118,11 +118,14 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, first: int, end: int) -> bytes:
         def request() -> bytes:
             data: bytes = self._store.files.cat_file(self._key, start=first, end=end)
+            # Asked after the bytes: a range of a file that was replaced meanwhile is as long as expected.
+            now = self._store.files.info(self._key)
+            if (size := size_of(now)) != self.size:
+                raise Refused(f"changed: {self.address} has {size} bytes, and had {self.size} when it was opened")
+            if version_of(now) != self.version:
+                raise Refused(f"changed: {self.address} was replaced after it was opened")
             if len(data) == end - first:
                 return data
-            now = size_of(self._store.files.info(self._key))
-            if now != self.size:
-                raise Refused(f"changed: {self.address} has {now} bytes, and had {self.size} when it was opened")
             if len(data) == self.size:  # a server that always sends the whole file
                 self._whole = data
                 return data[first:end]

@@ -24,6 +24,7 @@ class Scan(NamedTuple):
         unlabelled: Number of samples without a label.
         apart: True if labels are stored apart from their images.
         tally: Members that are not samples.
+        ended: False if the archive is not closed by zeros, as if cut between two members.
     """
 
     images: int
@@ -32,6 +33,7 @@ class Scan(NamedTuple):
     unlabelled: int = 0
     apart: bool = False
     tally: Tally = Tally()
+    ended: bool = True
 
 
 def scan(url: str) -> Scan:
@@ -57,7 +59,7 @@ def _scan_once(url: str, apart: Mapping[str, Content]) -> Scan:
                     unlabelled += 1
                 else:
                     labels.add(label)
-            return Scan(images, tape.torn, frozenset(labels), unlabelled, False, tally)
+            return Scan(images, tape.torn, frozenset(labels), unlabelled, False, tally, tape.ended or bool(tape.torn))
     finally:
         for file in opened.values():
             os.close(file)

@@ -29,7 +29,7 @@ from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.samples import classes_of, read, read_label, read_once, samples, why_refused
 from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
 from dinocli.data.sources.store import Denied, is_remote, resolve, size_of, version_of
-from dinocli.data.sources.tar import PIPE, Content, members, tape_of
+from dinocli.data.sources.tar import PIPE, UNENDED, Content, members, tape_of
 
 INDEX = "index.json"
 # Suffixes of compressed tar files, with the command that decompresses one.
@@ -234,8 +234,21 @@ def open_shards(*specs: str) -> Shards:
     """
     for spec in specs:
         _check_spec(spec)
-    spec = specs[0] if len(specs) == 1 else shlex.join(specs)
-    urls = [url for each in specs for url in _expand(each)]
+    return open_shards_at(
+        [url for each in specs for url in _expand(each)], shlex.join(specs) if specs[1:] else specs[0]
+    )
+
+
+def open_shards_at(urls: list[str], spec: str) -> Shards:
+    """Open tar shards at paths, addresses or commands in which nothing is a pattern.
+
+    Args:
+        urls: Paths, addresses or `pipe:COMMAND`.
+        spec: Shards as the user named them.
+
+    Raises:
+        DinoError: If a shard is missing, or the shards hold no image.
+    """
     if any(url.startswith(PIPE) for url in urls):
         return Shards(spec, urls, [], None)
     sizes, versions = _measure(urls)
@@ -243,10 +256,11 @@ def open_shards(*specs: str) -> Shards:
     if missing or not urls:
         what = f"{missing} does not exist" if missing else f"no file matches {spec}"
         raise DinoError(f"{what}; expected tar shards", "check the path, and the first and last number of a range")
-    known, classes = _read_indexes(sizes)
+    known, classes, others = _read_indexes(sizes)
+    notes = _notes_of_others(sizes, others)
     unknown = [url for url in urls if url not in known]
     if any(map(is_remote, unknown)):
-        return Shards(spec, urls, [], None, versions=versions)
+        return Shards(spec, urls, [], None, notes=notes, versions=versions)
     # Threads, because a network disk answers many requests in the time of one.
     with ThreadPoolExecutor(8) as pool:
         known |= zip(unknown, pool.map(scan, unknown), strict=True)
@@ -266,7 +280,18 @@ def open_shards(*specs: str) -> Shards:
         named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
     apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
     counts = [each.images + bool(each.torn) for each in scans]
-    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)), versions)
+    if cut := [url for url, each in zip(urls, scans, strict=True) if not each.ended]:
+        notes += (f"{len(cut)} shards {UNENDED}, such as {cut[0]}: images may be missing",)
+    return Shards(spec, urls, named, counts, by_name, apart, (*notes_of(scans, kinds), *notes), versions)
+
+
+def _notes_of_others(sizes: Mapping[str, int], stated: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a note on shards whose size differs from that in the index, both in bytes."""
+    if not stated:
+        return ()
+    url, size = next(iter(stated.items()))
+    such = f"such as {url} of {sizes[url]} bytes; expected {size}"
+    return (f"{len(stated)} shards differ in size from {INDEX}, {such}: images may be missing",)
 
 
 def _measure(urls: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -330,17 +355,22 @@ def _remote_paths(text: str) -> list[str]:
     # In an address of the web, a question mark begins the query.
     if not glob.has_magic(text.replace("?", "") if store.is_web else text):
         return [text]
+    if _state_of(text):  # brackets in a name are no pattern, as on a disk
+        return [text]
     return sorted(store.address_of(key) for key in store.retry(lambda: store.files.glob(text), text))
 
 
-def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list[str]]:
+def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list[str], dict[str, int]]:
     """Return scans of the shards whose size in bytes matches the index next to them, and the class names.
+
+    The last value is the stated size of the other shards in the index.
 
     Raises:
         DinoError: If an index is corrupt, or names files outside its folder.
     """
     known: dict[str, Scan] = {}
     classes: list[str] = []
+    others: dict[str, int] = {}
     for folder in dict.fromkeys(os.path.dirname(url) for url in size_by_url):
         path = os.path.join(folder, INDEX)
         try:
@@ -357,17 +387,28 @@ def _read_indexes(size_by_url: Mapping[str, int]) -> tuple[dict[str, Scan], list
         if not {"classes", "shards", "bytes"} <= index.keys():  # from another tool
             continue
         counts, sizes, names = index["shards"], index["bytes"], index["classes"]
-        if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
-            raise _damaged_index(path, "it does not state the images and bytes of each shard")
-        for name, number in [*counts.items(), *sizes.items()]:
-            if name != os.path.basename(name) or "\\" in name:
-                raise _damaged_index(path, f"it names {name}, which is not in this folder")
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise _damaged_index(path, f"the count of {name} is {number!r}; expected a whole number")
+        if fault := _index_fault(counts, sizes, names):
+            raise _damaged_index(path, fault)
         beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
-        known |= {u: Scan(beside[u][0]) for u, size in size_by_url.items() if u in beside and size == beside[u][1]}
+        for url, size in size_by_url.items():
+            if url in beside and size == beside[url][1]:
+                known[url] = Scan(beside[url][0])
+            elif url in beside:
+                others[url] = beside[url][1]
         classes = classes or [str(name) for name in names]
-    return known, classes
+    return known, classes, others
+
+
+def _index_fault(counts: Any, sizes: Any, names: Any) -> str:
+    """Return the fault of an index's entries; empty if they are valid."""
+    if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
+        return "it does not state the images and bytes of each shard"
+    for name, number in [*counts.items(), *sizes.items()]:
+        if name != os.path.basename(name) or "\\" in name:
+            return f"it names {name}, which is not in this folder"
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            return f"the count of {name} is {number!r}; expected a whole number"
+    return ""
 
 
 def _damaged_index(path: str, why: str) -> DinoError:

@@ -20,6 +20,7 @@ PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
 _LONGEST_NAME = 2**20  # bytes; a header that states more is corrupt
 _TORN = "is truncated or not a tar file"
+UNENDED = "without the zeros that end a tar file"
 _PADDING = 4 * 2**20  # bytes of zeros after an archive; tar pads it to whole records, of 10 kB by default
 _PIECE = 2**16  # bytes of skipped content to read at once
 _HOPS = 40  # longest chain of links, as on Linux
@@ -76,7 +77,7 @@ class LocalTar:
     """
 
     def __init__(self, path: str, ahead: bool = False) -> None:
-        self.path, self.at, self.size, self.torn, self.file = path, 0, 0, "", -1
+        self.path, self.at, self.size, self.torn, self.ended, self.file = path, 0, 0, "", False, -1
         self.ahead = ahead and hasattr(os, "posix_fadvise")
 
     def take(self, size: int) -> bytes:
@@ -133,6 +134,7 @@ class StreamedTar:
     """Tar file that is read once, in order. The contents of files are read too, since they cannot be read later."""
 
     torn = ""
+    ended = False
 
     def take(self, size: int) -> bytes:
         """Return the next bytes; fewer at the end."""
@@ -245,6 +247,8 @@ def too_large(size: int, most: float) -> Unread:
 def members(tape: Tape, most: Callable[[str], int] = lambda name: sys.maxsize) -> Iterator[tuple[str, Content]]:
     """Yield name and content of each file in a tar. Stop at corrupt data and describe it in `tape.torn`.
 
+    `tape.ended` is True afterwards if the archive is closed by zeros. A file that is cut between members is not.
+
     Links in a local tar have the content of their target. Appended archives are read too, as by `tar -i`.
 
     Args:
@@ -311,10 +315,12 @@ def _headers(tape: Tape) -> Iterator[tuple[bytes, dict[str, str]]]:
     begun = False
     while header := tape.take(_BLOCK):
         begun = True
-        if header.count(0) == _BLOCK:
+        tape.ended = header.count(0) == _BLOCK
+        if tape.ended:
             # tar ignores other data after the end of an archive.
             if later or not _is_header(header := tape.next_archive()):
                 break
+            tape.ended = False
         elif not _is_header(header):
             raise ValueError
         kind = header[156:157]

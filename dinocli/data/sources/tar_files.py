@@ -19,7 +19,7 @@ from dinocli.data.sources.listing import SUFFIXES
 from dinocli.data.sources.members import select_images
 from dinocli.data.sources.regular import Refused, read_span
 from dinocli.data.sources.samples import LABELS, read_once, why_refused
-from dinocli.data.sources.tar import LocalTar, Span, Sparse, members
+from dinocli.data.sources.tar import UNENDED, LocalTar, Span, Sparse, members
 
 _SHARD = re.compile(r"(?<!\d)0\d+$")
 
@@ -100,6 +100,8 @@ def list_tar(path: Path) -> TarImages:
     rows, names, classes, numbers, notes = select_images(str(path), list(found), marker)
     if tape.torn:
         notes += (f"{path} {tape.torn} after its first {len(rows)} images; the rest is not read",)
+    elif not tape.ended:
+        notes += (f"{path} is {UNENDED}: images may be missing",)
     if links:
         notes += (f"{len(links)} images are links to files outside {path} and are ignored, such as {links[0]}",)
     chosen = [contents[row] for row in rows.tolist()]

@@ -89,6 +89,19 @@ def test_every_frame_has_its_own_values_and_scale() -> None:
     np.testing.assert_allclose(decode(data, wide), shown(STORED, 0, 9000), atol=1)
 
 
+def test_changed_values_of_one_reading_are_not_those_of_the_next() -> None:
+    """pydicom's `pixel_array` is one array for all who read it."""
+    from dinocli.data.decode.dicom import open_dicom
+
+    data = dicom(STORED)
+    for _ in range(2):
+        opened = open_dicom(data, ImagesConfig())
+        assert opened is not None
+        values = opened.read()
+        np.testing.assert_array_equal(values[..., 0], STORED)
+        values[:] = 0
+
+
 def test_lossless_jpeg_is_unpacked() -> None:
     codecs = pytest.importorskip("imagecodecs")
     pytest.importorskip("gdcm")

@@ -19,13 +19,17 @@ av: Any = pytest.importorskip("av")
 RATE, FRAMES, STEP = 30, 60, 4  # frame n is flat grey of level 4 n
 
 
-def film(path: Path, frames: int = FRAMES) -> str:
+# Frames before a keyframe, in the order in which they are shown, may depend on it.
+OPEN = "open-gop=1:keyint=20:min-keyint=20:bframes=3:b-adapt=0:scenecut=0"
+
+
+def film(path: Path, frames: int = FRAMES, x264: str = "") -> str:
     """Write two seconds of video with a keyframe every 20 frames and, where the codec has them, B-frames."""
     codec = {".webm": "libvpx-vp9", ".mpg": "mpeg1video", ".avi": "mpeg4"}.get(path.suffix, "libx264")
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.options = {"g": "20"}
+        stream.options = {"x264-params": x264} if x264 else {"g": "20"}
         stream.codec_context.bit_rate = 4_000_000
         for number in range(frames):
             level = np.full((48, 64, 3), STEP * number, np.uint8)
@@ -54,6 +58,56 @@ def test_the_frame_at_a_time_is_the_one_that_is_shown(tmp_path: Path, suffix: st
     off = 1 if suffix == ".mpg" else 0  # FFmpeg's writer of MPEG-PS shifts times by up to a frame
     np.testing.assert_allclose(found, 6 * order, atol=off)
     assert abs(number_at(path, 19.5 / RATE) - 19) <= off, "just before a keyframe"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_frames_before_the_keyframe_of_an_open_group_and_the_last_one_are_reached(tmp_path: Path, suffix: str) -> None:
+    """A decoder that starts at the keyframe skips them, and the last ones come only when it is flushed."""
+    path = film(tmp_path / f"a{suffix}", x264=OPEN)
+    for number in (*range(15, 22), *range(36, 41), 57, 58, 59):
+        assert number_at(path, number / RATE) == number
+
+
+def shown_color(path: Path, size: tuple[int, int], matrix: int | None) -> Any:
+    """Write a video of one color that states a color matrix, or none, and return the color that is read."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.options = *size, "yuv420p", {"crf": "1"}
+        if matrix is not None:
+            stream.codec_context.colorspace = matrix
+        frame = av.VideoFrame(*size, "yuv420p")
+        for plane, level in zip(frame.planes, YUV, strict=True):
+            plane.update(bytes([level]) * plane.buffer_size)
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            file.mux(packet)
+    return np.asarray(read_frame(str(path), 0, DEFAULTS))[20, 20]
+
+
+YUV = (120, 90, 170)
+WEIGHTS = {"BT.601": (0.299, 0.114), "BT.709": (0.2126, 0.0722)}  # of red and blue in luma
+
+
+@pytest.mark.parametrize(
+    ("size", "matrix", "expected"),
+    [
+        ((1280, 720), None, "BT.709"),
+        ((640, 480), None, "BT.601"),
+        ((720, 576), None, "BT.601"),
+        ((600, 800), None, "BT.709"),
+        ((1280, 720), 5, "BT.601"),
+        ((1280, 720), 6, "BT.601"),
+        ((640, 480), 1, "BT.709"),
+    ],
+)
+def test_colors_are_those_of_the_stated_matrix_or_of_the_usual_one(
+    tmp_path: Path, size: tuple[int, int], matrix: int | None, expected: str
+) -> None:
+    """FFmpeg takes every file that states no matrix for BT.601. In red it differs by 8 levels here."""
+    red, blue = WEIGHTS[expected]
+    y, u, v = (YUV[0] - 16) / 219, (YUV[1] - 128) / 224, (YUV[2] - 128) / 224
+    r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+    g = (y - red * r - blue * b) / (1 - red - blue)
+    np.testing.assert_allclose(shown_color(tmp_path / "a.mp4", size, matrix), np.multiply(255, (r, g, b)), atol=2.5)
 
 
 def test_a_seek_that_lands_too_late_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

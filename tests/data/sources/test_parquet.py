@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import write_images
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.image import decode
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.mixture import epoch_order
 from dinocli.data.sources import parquet
@@ -102,6 +104,26 @@ def test_rows_without_bytes_are_named(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="its rows have only paths") as error:
         open_images(str(parquet_file(tmp_path / "y.parquet", table(rows(None, None)))))
     assert "save_to_disk" in error.value.hint
+
+
+def test_a_path_is_not_followed_even_if_its_file_is_there(tmp_path: Path) -> None:
+    """`to_parquet` of an imagefolder stores absolute paths without bytes: on another machine, those of other files."""
+    write_images(tmp_path / "photos", 1)
+    cells = [{"bytes": None, "path": str(tmp_path / "photos" / "0000.png")}, *rows(b"b")]
+    source = open_images(str(parquet_file(tmp_path / "x.parquet", table(cells))))
+    assert source.read(1) == b"b"
+    with pytest.raises(Refused, match="no bytes: the row names a path only, which is not followed"):
+        source.read(0)
+
+
+def test_sixteen_bits_of_an_image_in_a_row_keep_their_values(tmp_path: Path) -> None:
+    """The `Image` feature of `datasets` would decode them modulo 256."""
+    tiff = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 2**16, (16, 24, 3), dtype=np.uint16)
+    file = io.BytesIO()
+    tiff.imwrite(file, values, photometric="rgb")
+    source = open_images(str(parquet_file(tmp_path / "x.parquet", table(rows(file.getvalue())))))
+    np.testing.assert_allclose(decode(source.read(0)), values / 65535 * 255, atol=0.51)
 
 
 def test_a_corrupt_row_group_is_one_line_and_spares_the_others(tmp_path: Path) -> None:

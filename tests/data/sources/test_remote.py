@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import image_folder, open_images, open_source, splits
 from dinocli.data.sources.regular import Refused
 from dinocli.data.sources.remote import RemoteImages
+from dinocli.data.sources.remote_file import RemoteFile
 from dinocli.data.sources.shards import Shards, read_sample
 from dinocli.data.sources.store import is_remote
 from dinocli.method.preset import load_preset
@@ -186,6 +189,8 @@ def test_errors_of_s3_are_one_line(bucket: Bucket, monkeypatch: pytest.MonkeyPat
 
     assert said("s3://photos/none") == "s3://photos/none does not exist or is empty; expected a folder of images"
     assert "does not exist" in said("s3://no-such-bucket/x")
+    bucket.files.touch("photos/placeholder/")  # as the web console makes a folder
+    assert said("s3://photos/placeholder").startswith("s3://photos/placeholder does not exist or is empty")
     bucket.files.pipe_file("photos/t/notes.txt", b"x")
     assert said("s3://photos/t") == "no images in s3://photos/t: it holds 1 .txt"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -296,6 +301,24 @@ def test_parquet_files_in_s3_are_read_by_row_group(bucket: Bucket) -> None:
         open_source("s3://photos/r")
 
 
+def test_one_image_of_a_parquet_file_costs_its_row_group_only(
+    web: tuple[str, dict[str, list[str]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow's `dataset.take` would read the whole file, and a plain read of the group its other columns too."""
+    pyarrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(Handler, "ranges", True)
+    monkeypatch.setattr(Handler, "asked", [])
+    address, _, folder = web
+    draw = random.Random(0)
+    columns = {name: [draw.randbytes(30_000) for _ in range(1000)] for name in ("depth", "image", "thermal")}
+    options: Any = {"row_group_size": 100, "compression": "none", "use_dictionary": False, "write_statistics": False}
+    tables.write_table(pyarrow.table(columns), folder / "x.parquet", **options)
+    source = open_images(f"{address}/x.parquet")
+    assert source.read(456) == columns["image"][456]
+    read = sum(last + 1 - first for _, first, last in Handler.asked)
+    assert read <= 100 * 30_000 + 3 * 2**20, f"{read} of {(folder / 'x.parquet').stat().st_size} bytes"
+
+
 def shards(folder: Path) -> dict[str, bytes]:
     """Return two shards of six images in two classes, and their index, as `dino pack` writes them."""
     for seed, name in enumerate(("cat", "dog")):
@@ -327,6 +350,12 @@ def test_shards_in_s3_are_the_same_samples_as_local_ones(bucket: Bucket, tmp_pat
     before = source.fingerprint
     written(bucket, "s", {tars[0]: files[tars[0]][::-1]})
     assert open_source("s3://photos/s").fingerprint != before
+    size = len(files[tars[0]])
+    written(bucket, "s", {tars[0]: files[tars[0]][: size // 2]})
+    (note,) = open_source("s3://photos/s").notes
+    assert note.startswith(
+        f"1 shards differ in size from index.json, such as s3://photos/s/{tars[0]} of {size // 2} bytes"
+    )
     with pytest.raises(DinoError, match=r"s3://photos/s/none-1\.tar does not exist; expected tar shards"):
         open_source("s3://photos/s/none-{0..1}.tar".replace("{0..1}", "{1..2}"))
     with pytest.raises(DinoError, match="holds tar shards; expected images with random access"):
@@ -342,6 +371,42 @@ def test_without_an_index_the_shards_in_s3_are_read_but_not_counted(bucket: Buck
     assert [sample[:5] for sample in source.stream(0, 1)] == [sample[:5] for sample in local.stream(0, 1)]
     name = next(source.stream(0, 1)).name
     assert read_sample(source, name) == read_sample(local, name) != b""
+
+
+def tar(*members: tuple[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_brackets_in_names_of_shards_in_s3_are_no_pattern(bucket: Bucket) -> None:
+    """`cat` and `glob` of fsspec take brackets for a pattern, which such a name does not match itself."""
+    written(bucket, "run [1]", {f"a [{n}]-00{n}.tar": tar((f"{n}.jpg", b"%d" % n)) for n in (0, 1)})
+    both = [f"s3://photos/run [1]/a [{n}]-00{n}.tar" for n in (0, 1)]
+    for spec, urls in (
+        ("s3://photos/run [1]", both),
+        (both[1], both[1:]),
+        (both[0].replace("-000", "-{000..000}"), both[:1]),
+    ):
+        source = open_source(spec)
+        assert isinstance(source, Shards)
+        assert (source.where, list(source.urls)) == (spec, urls)
+        assert [sample.data for sample in source.stream(0, 1)] == [url[-5:-4].encode() for url in urls]
+
+
+def test_an_empty_member_of_a_shard_in_s3_is_empty(bucket: Bucket) -> None:
+    """An empty range of S3 is the whole object."""
+    written(bucket, "x", {"a-000.tar": tar(("a.jpg", b"1"), ("b.jpg", b""), ("b.cls", b""), ("c.jpg", b"3"))})
+    source = open_source("s3://photos/x")
+    assert isinstance(source, Shards)
+    assert [(sample.data, sample.label) for sample in source.stream(0, 1)] == [(b"1", -1), (b"", -1), (b"3", -1)]
+    written(bucket, "x", {"b.bin": b""})
+    assert RemoteFile("s3://photos/x/b.bin").readall() == b""
+    assert not [line for line in bucket.asked if line.startswith("GET b.bin")]
 
 
 def test_a_single_image_or_archive_at_an_address_is_refused() -> None:

@@ -91,8 +91,13 @@ def test_a_changed_file_is_named_and_a_replaced_one_read_anew(web: Web, film: by
     path.write_bytes(film[:5000])
     with pytest.raises(Refused, match=r"changed: http.*/film\.bin has 5000 bytes, and had 10240 when it was opened"):
         file.readall()
+    path.write_bytes(film * 2)  # a range of it is as long as that of the first file
+    with pytest.raises(Refused, match=r"changed: http.*/film\.bin has 20480 bytes, and had 10240"):
+        file.readall()
     path.write_bytes(film[::-1])
     os.utime(path, (1e9, 1e9))
+    with pytest.raises(Refused, match=r"changed: http.*/film\.bin was replaced after it was opened"):
+        file.readall()
     assert RemoteFile(address, block=4000).readall() == film[::-1]
 
 

@@ -161,6 +161,30 @@ def test_a_truncated_shard_gives_its_complete_members_and_is_named(tmp_path: Pat
     assert samples[-1].data == b"1/0001"
 
 
+def test_a_shard_that_is_cut_between_members_is_named(tmp_path: Path) -> None:
+    """Readers of tar take it for a shorter one."""
+    write_shards(tmp_path, [3, 2])
+    cut = tmp_path / "train-000.tar"
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert open_shards(str(tmp_path)).notes == ()
+    cut.write_bytes(cut.read_bytes()[: 2 * 2048])  # two images of three, with their labels
+    with tarfile.open(cut) as file:
+        assert len(file.getnames()) == 4
+    found = open_shards(str(tmp_path))
+    assert found.counts == [2, 2]
+    assert found.notes == (f"1 shards without the zeros that end a tar file, such as {cut}: images may be missing",)
+    whole = (tmp_path / "train-001.tar").read_bytes()
+    appended = write_tar(tmp_path / "more" / "a.tar", [("a.jpg", b"a")])
+    for kept, notes in ((appended.stat().st_size, 0), (1024, 1)):  # all of the second archive, or its member alone
+        (tmp_path / "more" / "b.tar").write_bytes(whole + appended.read_bytes()[:kept])
+        assert len(open_shards(str(tmp_path / "more" / "b.tar")).notes) == 1 + notes  # one image of three has no label
+    index = {"classes": [], "shards": {"train-000.tar": 3, "train-001.tar": 2}, "bytes": sizes}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    differs = "1 shards differ in size from index.json, such as"
+    size = f"of 4096 bytes; expected {sizes[cut.name]}: images may be missing"
+    assert open_shards(str(tmp_path)).notes == (f"{differs} {cut} {size}", *found.notes)
+
+
 def test_corrupt_and_deleted_shards_end_early_and_are_named(tmp_path: Path) -> None:
     write_shards(tmp_path, [3, 1, 1])
     data = bytearray((tmp_path / "train-000.tar").read_bytes())

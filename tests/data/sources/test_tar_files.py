@@ -89,3 +89,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(Refused, match=r"truncated: .* ends \d+ bytes early"):
         whole.read(3)
+    path.write_bytes(path.read_bytes()[: 2 * 1536])  # cut between two members
+    between = open_source(str(path))
+    assert (len(between), between.notes) == (
+        2,
+        (f"{path} is without the zeros that end a tar file: images may be missing",),
+    )
