@@ -57,6 +57,8 @@ def nearest(
 def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> tuple[Floats, Indices]:
     """Undo rounding in cosines: rows equal to the query get 1, and all values are clipped to [-1, 1].
 
+    Neighbours with equal cosines are put in the order of their rows.
+
     Args:
         values: Features that were searched. [S, D]
         queries: Features that were searched for. [Q, D]
@@ -70,8 +72,9 @@ def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> 
         same = (values[rows[q[block], place[block]]] == queries[q[block]]).all(1)
         cosines[q[block][same], place[block][same]] = 1
     np.clip(cosines, -1, 1, out=cosines, where=rows >= 0)
-    changed = np.unique(q)
-    order = np.argsort(-cosines[changed], axis=1, kind="stable")
+    tied = np.flatnonzero((cosines[:, 1:] == cosines[:, :-1]).any(1))
+    changed = np.union1d(q, tied)
+    order = np.lexsort((rows[changed], -cosines[changed]))
     cosines[changed] = np.take_along_axis(cosines[changed], order, 1)
     rows[changed] = np.take_along_axis(rows[changed], order, 1)
     return cosines, rows

@@ -109,6 +109,18 @@ def test_blocks_grow_with_k_because_each_collects_k_neighbours_anew(
 
 
 @pytest.mark.parametrize("fast", [True, False])
+def test_equally_near_rows_come_in_their_order(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(module, "multiplies_bfloat16_fast", lambda: fast)
+    values = np.tile(drawn(500, 16), (6, 1))  # each row six times
+    for step in (3000, 700):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", step * 4 * 16)
+        monkeypatch.setattr(module, "_ROWS_PER_NEIGHBOUR", 0)
+        _, found = nearest(values, drawn(70, 16, seed=1), 12)
+        assert (found[:, :6] == found[:, :1] % 500 + 500 * np.arange(6)).all()
+        assert (found[:, 6:] == found[:, 6:7] % 500 + 500 * np.arange(6)).all()
+
+
+@pytest.mark.parametrize("fast", [True, False])
 def test_products_are_rounded_first_only_where_the_processor_multiplies_bfloat16_fast(
     monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
