@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from timm.layers import Attention  # type: ignore[attr-defined]
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from dinocli.models.rotary import turned
 
@@ -263,7 +265,9 @@ def _mix(attn: Attention | EvaAttention, qkv: tuple[Tensor, Tensor, Tensor], rot
         weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)  # [B, heads, asking, T]
         mixed = F.dropout(weights, drop) @ v
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        order = getattr(attn, "kernels", {}).get(k.shape[-2])  # of `choose_kernels`; the others follow, for other types
+        with sdpa_kernel(order, set_priority=True) if order else nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
     return mixed.transpose(1, 2).flatten(2)
 
 

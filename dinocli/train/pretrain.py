@@ -26,6 +26,7 @@ from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import AnyMethod
+from dinocli.models.attention_kernels import choose_kernels
 from dinocli.models.trained import train_only
 from dinocli.train.held_out import HeldOut
 from dinocli.train.interrupts import collect_on_request, stop_signals
@@ -199,6 +200,8 @@ def _trainer(
     method = method.to(plan.device)
     if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
         prepare_teachers(plan, method, note, resumed=saved is not None, stop=stop)
+    if plan.device.type == "cuda":
+        _choose_kernels(plan, method, note)
     if plan.graph:
         torch.cuda.set_device(plan.device.index or 0)  # captures and Triton's kernels run on the current device
     make = partial(GraphTrainer, note=note) if plan.graph else Trainer
@@ -223,6 +226,19 @@ def _trainer(
     elif plan.origin:
         plan.origin.load_optimizer(trainer, preset)
     return trainer, method, fresh
+
+
+def _choose_kernels(plan: Plan, method: AnyMethod, note: Callable[[str], None]) -> None:
+    """Choose the kernels of attention for the sizes of a run's crops, and report them."""
+    images, crops = plan.images_each // plan.accumulate, []
+    for views in plan.loaded_views.variants:
+        crops.append((images * len(views.globals), views.global_1.size))
+        if views.local and views.locals:
+            crops.append((images * views.locals, views.local.size))
+    dtype = getattr(torch, "float32" if plan.precision == "tf32" else plan.precision)
+    backbones = [network.backbone for network in method.networks]
+    if chosen := choose_kernels(backbones, crops, plan.device, dtype):
+        note("attention: " + ", ".join(f"{kernel} kernel for {tokens} tokens" for tokens, kernel in chosen.items()))
 
 
 def _batches(plan: Plan, trainer: Trainer, method: AnyMethod) -> TrainBatches:
