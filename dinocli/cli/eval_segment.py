@@ -119,9 +119,9 @@ def _list_methods(encoder: Encoder) -> list[Foreground]:
     from dinocli.models.transformer import Transformer
 
     if isinstance(encoder.backbone, Transformer):
-        return ["attention", "cut"]
-    console.say("note: a convolutional network has no attention; evaluating the cut only")
-    return ["cut"]
+        return ["attention", "cut", "border"]
+    console.say("note: a convolutional network has no attention; evaluating the cut and the border only")
+    return ["cut", "border"]
 
 
 def _score_overlap(

@@ -65,7 +65,7 @@ _VALUES = {
     "--dtype": ("float16", "float32"),
     "--index": ("exact", "ivf", "hnsw"),
     "--film": ("strip", "gif", "mp4"),
-    "--by": ("cut", "attention", "pca"),
+    "--by": ("cut", "border", "attention", "pca"),
 }
 _TAKE_IMAGES = (
     "extract",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dinocli.apps.segment.sheets import Segmented
     from dinocli.features.encoder import Encoder
 
-Foreground = Literal["cut", "attention"]
+Foreground = Literal["cut", "border", "attention"]
 
 
 def segment(
@@ -39,10 +39,11 @@ def segment(
     checkpoint: Checkpoint = None,
     network: NetworkName = "teacher",
     by: Annotated[
-        Literal["cut", "attention", "pca"],
+        Literal["cut", "border", "attention", "pca"],
         typer.Option(
-            help="cut: foreground by a normalized cut of patch keys (TokenCut). attention: foreground by the attention "
-            "of the class token. pca: patch features as colors, by one PCA over all photos.",
+            help="cut: foreground by a normalized cut of patch keys (TokenCut). border: foreground by the distance "
+            "from the features at the photo's border. attention: foreground by the attention of the class token. "
+            "pca: patch features as colors, by one PCA over all photos.",
             rich_help_panel=METHOD,
         ),
     ] = "cut",
@@ -111,11 +112,17 @@ def segment(
             from dinocli.apps.segment.sheets import draw_foreground
 
             one = partial(draw_foreground, encoder, by=by, keep=mass, tau=tau, short_side=side, masks=masks)
-            _draw_each(files, out, one, json=json)
+            why, other = ("all patches are", "--tau 0.4") if by == "cut" else ("patches at the border are", "--by cut")
+            _draw_each(files, out, one, remedy=f"{why} similar; try {other}", json=json)
 
 
 def _draw_each(
-    files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool
+    files: Mapping[Path, Path],
+    out: Path,
+    draw: Callable[[Path, Path], Segmented | str],
+    *,
+    remedy: str = "",
+    json: bool,
 ) -> None:
     drawn: list[Segmented] = []
     skipped: dict[Path, str] = {}
@@ -133,7 +140,7 @@ def _draw_each(
     empty = [d.image for d in drawn if d.shares.get("foreground") == 0]
     if empty:
         others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        console.say(f"note: no foreground found in {empty[0]}{others}: all patches are similar; try --tau 0.4")
+        console.say(f"note: no foreground found in {empty[0]}{others}: {remedy}")
     if json:
         console.out_json(
             [

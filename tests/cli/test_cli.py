@@ -686,7 +686,7 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
 
     done = dino("eval", "segment", "images/a", "--truth", "masks/a", "--json")
     measured = json.loads(done.stdout)
-    assert list(measured["jaccard"]) == ["attention", "cut", "all foreground", "centred ellipse"]
+    assert list(measured["jaccard"]) == ["attention", "cut", "border", "all foreground", "centred ellipse"]
     assert measured["jaccard"]["all foreground"] == pytest.approx(523 / 1024)
     assert measured["photos"] == 5
     assert sorted(measured["skipped"]) == ["images/a/0003.png", "images/a/torn.png"]
@@ -716,7 +716,7 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     convolutional = ["--set", "backbone={name='resnet10t'}", "--set", "backbone.class_token_std=none"]
     dino("pretrain", "images", "--preset", "tiny", *SMALL, *convolutional, "--steps", "0", "--out", "resnet")
     by_cut = dino("eval", "segment", "images/a", "--truth", "masks", "--checkpoint", "resnet", "--json")
-    assert list(json.loads(by_cut.stdout)["jaccard"]) == ["cut", "all foreground", "centred ellipse"]
+    assert list(json.loads(by_cut.stdout)["jaccard"]) == ["cut", "border", "all foreground", "centred ellipse"]
     assert "note: a convolutional network has no attention" in by_cut.stderr
     table = dino("eval", "segment", "--train", "data", "--epochs", "1").stdout
     assert table.splitlines()[-1] == "segments/head.safetensors"

@@ -67,7 +67,7 @@ def fit_colors(
     """Fit colors on at most 65,536 patches of 1,000 photos, drawn at random.
 
     A first PCA over all patches separates foreground from background. A second PCA over the foreground patches gives
-    the colors. The foreground by attention or a cut orients the first component. The threshold is halfway between the
+    the colors. The foreground by another method orients the first component. The threshold is halfway between the
     mean projections of foreground and other patches. If no photo has a foreground, all patches are used.
 
     Args:

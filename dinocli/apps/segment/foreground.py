@@ -1,4 +1,4 @@
-"""Foreground: the main object of a photo, found without training by attention or by a cut of its patch graph."""
+"""Foreground: the main object of a photo, found without training by attention, a cut or its border."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinocli.features.encoder import Encoder
 from dinocli.models.backbone import Facet
 from dinocli.models.transformer import Transformer
 
-By = Literal["attention", "cut"]
+By = Literal["attention", "cut", "border"]
 Map = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -26,6 +26,8 @@ KEEP, TAU = 0.6, 0.2
 MOST_PATCHES = 6400  # for a cut: its float64 matrix takes 0.3 GB, and three of them are in memory
 _EXACT = 512  # largest number of patches to compute all eigenvectors for, in a tenth of a second
 _EPS = 1e-5
+_SHRINK = 0.3  # added to the variances at the border, as a share of their mean: a border has few patches
+_LEAST_SIDE = 3  # rows or columns of patches, so that some are not at the border
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Foreground:
     """Foreground of a photo, per patch.
 
     Attributes:
-        values: Foreground score per patch: its share of the attention, or its entry in the eigenvector of the cut.
-            Entries of the foreground are above the mean. [rows, columns]
+        values: Foreground score per patch: its share of the attention, its entry in the eigenvector of the cut, or its
+            distance from the border. Those of the foreground of a cut or a border are above the mean. [rows, columns]
         mask: Foreground in one component; empty if none was found. [rows, columns]
     """
 
@@ -48,11 +50,12 @@ def foreground(
     """Find the foreground of a photo of any size and shape.
 
     Args:
-        encoder: Encoder; convolutional networks support `cut` but have no attention.
+        encoder: Encoder; convolutional networks have no attention.
         pixels: Pixels of the photo. [H, W, C]
-        short_side: Short side in pixels after resizing; for a cut, larger photos are reduced to about 6,400 patches.
+        short_side: Short side in pixels after resizing. Except for attention, larger photos are reduced to about 6,400
+            patches.
         by: `attention` for the fewest patches that hold `keep` of the class token's attention, averaged over heads;
-            `cut` for the function `cut`.
+            `cut` and `border` for the functions of these names.
         keep: Share of the attention that the foreground holds.
         tau: Cosine of two patches' keys above which they are joined.
 
@@ -65,7 +68,8 @@ def foreground(
     image = encoder.photo(pixels, short_side, MOST_PATCHES)
     # A convolutional network has no keys; its output features are used instead.
     facet: Facet = "key" if isinstance(encoder.backbone, Transformer) else "token"
-    return cut(encoder.patches(image, facet=facet)[0], tau)
+    features = encoder.patches(image, facet=facet)[0]
+    return cut(features, tau) if by == "cut" else border(features)
 
 
 def cut(features: Tensor, tau: float = TAU) -> Foreground:
@@ -94,6 +98,34 @@ def cut(features: Tensor, tau: float = TAU) -> Foreground:
     seed = np.unravel_index(int(np.abs(vector).argmax()), vector.shape)
     vector = vector if vector[seed] > vector.mean() else -vector
     return Foreground(vector, component_at(vector > vector.mean(), (int(seed[0]), int(seed[1]))))
+
+
+def border(features: Tensor) -> Foreground:
+    """Find the patches that are unlike those at the photo's border, which mostly show background.
+
+    The score of a patch is its squared Mahalanobis distance to the features at the border. The foreground is the
+    largest component of patches above the mean score. It is empty if the photo has fewer than three rows or columns of
+    patches, or all patches at the border are equal.
+
+    Args:
+        features: Features per patch, on any device. [rows, columns, D]
+
+    Source: for colors of pixels, Zhang et al., Minimum Barrier Salient Object Detection, ICCV 2015, section 4.
+    """
+    rows, columns, width = features.shape
+    values = features.flatten(0, 1).cpu().double()
+    inner = torch.zeros(rows, columns, dtype=torch.bool)
+    inner[1:-1, 1:-1] = True
+    at_border = values[~inner.flatten()]
+    mean = at_border.mean(0)
+    covariance = (at_border - mean).T @ (at_border - mean) / len(at_border)
+    spread = covariance.diagonal().mean()
+    if min(rows, columns) < _LEAST_SIDE or not spread:
+        return Foreground(np.zeros((rows, columns)), np.zeros((rows, columns), dtype=bool))
+    covariance += _SHRINK * spread * torch.eye(width, dtype=torch.float64)
+    apart = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (values - mean).T, upper=False)  # [D, N]
+    scores = apart.square().sum(0).numpy().reshape(rows, columns)
+    return Foreground(scores, largest_component(scores > scores.mean()))
 
 
 def _find_second_eigenvector(weights: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ class Segmented:
     shares: dict[str, float]
 
 
+_CAPTIONS: dict[By, str] = {
+    "attention": "attention, mean of heads",
+    "cut": "eigenvector of the cut",
+    "border": "distance from the border's features",
+}
+
+
 def draw_foreground(
     encoder: Encoder, image: Path, name: Path, *, by: By, keep: float, tau: float, short_side: int, masks: bool
 ) -> Segmented | str:
@@ -82,7 +89,7 @@ def draw_foreground(
     shown = bounded(visible(pixels))
     height, width = shown.shape[:2]
     large = enlarge(mask, height, width).astype(bool)
-    caption = "attention, mean of heads" if by == "attention" else "eigenvector of the cut"
+    caption = _CAPTIONS[by]
     row = [
         Tile(shown, "photo"),
         Tile(heat(result.values, height, width), caption),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinocli.apps.segment import foreground as module
-from dinocli.apps.segment.foreground import cut, foreground
+from dinocli.apps.segment.foreground import border, cut, foreground
 from dinocli.core.errors import DinoError
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import components, largest_component
@@ -79,6 +79,31 @@ def test_patches_all_similar_or_all_different_give_no_foreground() -> None:
         assert not found.values.any()
 
 
+def test_patches_unlike_the_border_are_the_foreground() -> None:
+    features, object_mask = scene(noise=0.3)
+    assert object_mask.any() and not object_mask[[0, -1]].any() and not object_mask[:, [0, -1]].any()
+    found = border(features)
+    np.testing.assert_array_equal(found.mask, object_mask)
+    # By the definition, from moments in numpy.
+    outside = np.ones(object_mask.shape, dtype=bool)
+    outside[1:-1, 1:-1] = False
+    values = features.double().numpy()
+    mean, covariance = values[outside].mean(0), np.cov(values[outside].T, bias=True)
+    covariance += 0.3 * np.trace(covariance) / len(mean) * np.eye(len(mean))
+    apart = values - mean
+    expected = np.einsum("rci,ij,rcj->rc", apart, np.linalg.inv(covariance), apart)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 2), (4, 4)])
+def test_a_photo_without_an_inside_or_with_one_color_has_no_foreground(shape: tuple[int, int]) -> None:
+    features = torch.ones(*shape, 8)
+    if min(shape) < 3:
+        features += torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    found = border(features)
+    assert found.mask.shape == shape and not found.mask.any() and not found.values.any()
+
+
 def test_attention_gives_the_largest_component_of_its_mask(encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     found = foreground(encoder, pixels, 48, "attention", keep=0.5)
@@ -91,6 +116,7 @@ def test_a_cut_uses_the_keys_of_the_last_block(encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     keys = encoder.patches(encoder.photo(pixels, 48), (-1,), "key")[0]
     np.testing.assert_array_equal(foreground(encoder, pixels, 48, "cut", tau=0.5).mask, cut(keys, 0.5).mask)
+    np.testing.assert_array_equal(foreground(encoder, pixels, 48, "border").mask, border(keys).mask)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 200), (500, 20)])

@@ -26,7 +26,7 @@ def photo(folder: Path, height: int = 60, width: int = 90) -> Path:
 def test_a_foreground_gives_a_sheet_and_a_mask_at_the_photos_size(tmp_path: Path, encoder: Encoder) -> None:
     path = photo(tmp_path)
     options = {"keep": 0.5, "tau": 0.6, "short_side": 48}
-    for by in ("attention", "cut"):
+    for by in ("attention", "cut", "border"):
         drawn = draw_foreground(encoder, path, tmp_path / by / "a.b", by=by, masks=True, **options)
         assert drawn.picture == tmp_path / by / "a.b.png"
         assert drawn.mask == tmp_path / by / "a.b-mask.png"
