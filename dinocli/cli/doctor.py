@@ -45,6 +45,15 @@ def doctor(
         int, typer.Option(min=1, help="Number of images to decode; all if there are fewer.", rich_help_panel=METHOD)
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.", rich_help_panel=METHOD)] = 0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Minutes of one core to spend, on a CPU: choose preset and epochs from measured runs.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
@@ -54,6 +63,7 @@ def doctor(
     Examples:
         dino doctor
         dino doctor ./images --sample 500
+        dino doctor ./images --minutes 10
     """
     source = None
     if images is not None:
@@ -72,7 +82,9 @@ def doctor(
 
     picked = pick_device(device)
     machine = look_at_machine(picked)
-    seen, advised = _inspect(source, machine, picked, sample, seed, overrides or []) if source else (None, None)
+    seen, advised = None, None
+    if source:
+        seen, advised = _inspect(source, machine, picked, sample, seed, minutes, overrides or [])
     if json:
         advice = asdict(advised) if advised else {}
         console.out_json({"machine": asdict(machine), "images": asdict(seen) if seen else None} | advice)
@@ -90,7 +102,13 @@ def doctor(
 
 
 def _inspect(
-    source: Source, machine: Machine, device: torch.device, sample: int, seed: int, overrides: list[str]
+    source: Source,
+    machine: Machine,
+    device: torch.device,
+    sample: int,
+    seed: int,
+    minutes: float | None,
+    overrides: list[str],
 ) -> tuple[Inspection, Advised]:
     from dinocli.apps.doctor.advice import advise
     from dinocli.apps.doctor.inspection import inspect
@@ -109,7 +127,7 @@ def _inspect(
     def cost(preset: Preset, steps: int, again: bool) -> Estimate:
         return estimate(Plan("doctor", preset, source, steps, Path(), device, 0, None, recompute=again))
 
-    return seen, advise(machine, seen, cost, overrides)
+    return seen, advise(machine, seen, cost, overrides, minutes)
 
 
 def _machine_rows(machine: Machine) -> list[list[str]]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from dinocli.apps.doctor.inspection import Inspection, window_text
 from dinocli.apps.doctor.machine import Machine
-from dinocli.apps.doctor.measured import describe
+from dinocli.apps.doctor.measured import choose, describe
+from dinocli.core.errors import DinoError
 from dinocli.data.loader.cache import kept_side
 from dinocli.data.loader.train import BAD_SHARE
 from dinocli.engine.schedules import Cosine, LinearByEpoch, Warmup
@@ -80,7 +81,9 @@ class Advised:
     command: str | None
 
 
-def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str] = ()) -> Advised:
+def advise(
+    machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str] = (), minutes: float | None = None
+) -> Advised:
     """Recommend settings for images on a machine.
 
     Args:
@@ -88,12 +91,21 @@ def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str
         images: Statistics of the images.
         cost: Function that estimates a preset's cost on this machine.
         asked: Overrides used for the inspection, as for `--set`: `images.key=value`.
+        minutes: Processor minutes of one core to spend, on a CPU. If None, those of 2,000 steps of `tiny`.
+
+    Raises:
+        DinoError: If no measured run is as short as `minutes`, or the device is no CPU.
     """
+    if minutes is not None and not machine.on_cpu:
+        raise DinoError(
+            f"--minutes {minutes:g} needs measured runs, and there are none on {machine.name}; expected a CPU",
+            "--device cpu, or omit --minutes",
+        )
     count, notes = images.count, _write_notes(images)
     if not images.read or (count is not None and count * images.read / images.drawn < _TOO_FEW):
         return Advised([], [*notes, _explain_too_few(images)], None)
-    name = "tiny" if machine.on_cpu else "vits16-vanilla"
-    taken = _advise_for_cpu(images) if machine.on_cpu else _advise_for_accelerator(images)
+    taken = _advise_for_cpu(images, minutes) if machine.on_cpu else _advise_for_accelerator(images)
+    name = taken[0].settings["--preset"]
     taken[1:1] = [*_list_requested(asked), *_advise_window(images), *_advise_statistics(images, name, taken)]
     *others, length = taken
     taken += _advise_schedules(_load_changed(name, others), int(length.settings["--epochs"]), count)
@@ -157,18 +169,22 @@ def _advise_statistics(images: Inspection, name: str, taken: list[Advice]) -> li
     return [Advice("mean and std", typed, "measured; far from ImageNet's")]
 
 
-def _advise_for_cpu(images: Inspection) -> list[Advice]:
-    """Advise `tiny`, the only preset that a CPU trains within hours."""
+def _advise_for_cpu(images: Inspection, minutes: float | None) -> list[Advice]:
+    """Advise one of the small presets, the only ones that a CPU trains within hours."""
+    run = None if minutes is None else choose(images.count, minutes)
+    name = run.preset if run else "tiny"
     why = "on a CPU ViT-S/16 does 0.7 images/s per core (our own measurement)"
-    taken = [Advice("preset tiny", {"--preset": "tiny"}, why)]
-    batch = load_preset("tiny").training.batch_size
+    taken = [Advice(f"preset {name}", {"--preset": name}, why)]
+    batch = load_preset(name).training.batch_size
     if images.count is not None and images.count < batch:
         why = f"there are only {images.count} images"
         taken.append(Advice(f"batch {_TOO_FEW}", {"--batch-size": str(_TOO_FEW)}, why))
     else:
         taken.append(Advice(f"batch {batch}", {"--batch-size": str(batch)}, "the preset's (our own measurement)"))
-    why = "2,000 steps; the gain of more is below (our own measurement)"
-    return [*taken, Advice("40 epochs", {"--epochs": "40"}, why)]
+    epochs, why = 40, "2,000 steps; the gain of more is below (our own measurement)"
+    if run:
+        epochs, why = run.epochs, f"{run.minutes:g} of {minutes:g} core minutes, as measured on {run.data}"
+    return [*taken, Advice(f"{epochs} epochs", {"--epochs": str(epochs)}, why)]
 
 
 def _advise_for_accelerator(images: Inspection) -> list[Advice]:
@@ -352,7 +368,7 @@ def _describe_duration(machine: Machine, preset: Preset, steps: int, seconds: fl
 def _describe_expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
     """Return notes on the accuracy to expect, or on the loss and the length of a run on few images."""
     if machine.on_cpu:
-        return [describe("tiny")]
+        return [describe(count)]
     if count is None or count >= _FEW:
         return []
     head = preset.heads["dino"].outputs

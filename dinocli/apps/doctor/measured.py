@@ -1,8 +1,11 @@
-"""Measured runs on a CPU: the accuracy to expect from a preset after a number of steps."""
+"""Measured runs on a CPU: the accuracy to expect from a preset, by number of images and minutes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from dinocli.core.errors import DinoError
 
 
 @dataclass(frozen=True)
@@ -10,16 +13,18 @@ class Measured:
     """Result of runs on labelled images.
 
     Attributes:
-        images: Images, in words.
+        images: Number of images to train on.
+        data: Images, in words.
         preset: Name of the preset.
         epochs: Epochs of 50 steps of 48 images.
-        minutes: Processor minutes.
+        minutes: Processor minutes of one core.
         knn: Lowest and highest k-NN accuracy (k = 20) of the runs, in percent.
         untrained: k-NN accuracy of the untrained network, in percent.
         seeds: Number of runs.
     """
 
-    images: str
+    images: int
+    data: str
     preset: str
     epochs: int
     minutes: float
@@ -28,22 +33,48 @@ class Measured:
     seeds: int
 
 
-PHOTOS = "9,469 photos of ten classes (Imagenette, 128 pixels)"
-# One core of a Xeon with AMX, 2026-11-29; commands in docs/results.md, "tiny: most learning in a minute".
+_PHOTOS = (9_469, "Imagenette, ten classes")
+# Commands, machines and dates are in docs/results.md, "By images and minutes".
 MEASURED = (
-    Measured(PHOTOS, "tiny", 12, 2.5, (43.1, 44.0), 32.9, 3),
-    Measured(PHOTOS, "tiny", 40, 9, (51.2, 51.2), 32.9, 1),
+    Measured(*_PHOTOS, "tiny", 12, 2.5, (43.1, 44.0), 32.9, 3),
+    Measured(*_PHOTOS, "tiny", 40, 9, (51.2, 51.2), 32.9, 1),
 )
 
 
-def describe(preset: str) -> str:
-    """Return what runs of a preset have reached, in one line; empty if none was measured."""
-    rows = [row for row in MEASURED if row.preset == preset]
-    if not rows:
-        return ""
-    reached = ", ".join(f"{_format(row.knn)} with --epochs {row.epochs} ({row.minutes:g} core minutes)" for row in rows)
-    first = rows[0]
-    return f"measured on {first.images}, k-NN in %: {first.untrained:g} untrained, {reached}"
+def nearest(count: int | None) -> list[Measured]:
+    """Return the runs on the data set whose number of images is nearest by ratio, the shortest first.
+
+    Args:
+        count: Number of images. If None, it is unknown, and the most images are assumed.
+    """
+    sizes = {row.images for row in MEASURED}
+    images = max(sizes) if count is None else min(sizes, key=lambda size: abs(math.log(size / max(1, count))))
+    return sorted((row for row in MEASURED if row.images == images), key=lambda row: row.minutes)
+
+
+def choose(count: int | None, minutes: float) -> Measured:
+    """Return the longest run on about as many images that fits the time.
+
+    Raises:
+        DinoError: If every run takes longer.
+    """
+    rows = nearest(count)
+    fitting = [row for row in rows if row.minutes <= minutes]
+    if not fitting:
+        raise DinoError(
+            f"--minutes {minutes:g} is less than any measured run; expected {rows[0].minutes:g} or more",
+            f"--minutes {rows[0].minutes:g}",
+        )
+    return fitting[-1]
+
+
+def describe(count: int | None) -> str:
+    """Return what runs on about as many images have reached, in one line."""
+    rows = nearest(count)
+    reached = ", ".join(
+        f"{_format(row.knn)} by {row.preset} with --epochs {row.epochs} ({row.minutes:g} core minutes)" for row in rows
+    )
+    return f"measured on {rows[0].data}, k-NN in %: {rows[0].untrained:g} untrained, {reached}"
 
 
 def _format(knn: tuple[float, float]) -> str:

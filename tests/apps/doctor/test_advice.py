@@ -13,6 +13,7 @@ import torch
 from dinocli.apps.doctor.advice import WEIGHTS, Advised, advise
 from dinocli.apps.doctor.inspection import Inspection, Spread
 from dinocli.apps.doctor.machine import Machine
+from dinocli.core.errors import DinoError
 from dinocli.method.preset import Preset, load_preset
 from dinocli.train import cost as costs
 from dinocli.train import plan as planning
@@ -72,6 +73,18 @@ def test_a_cpu_gets_the_preset_tiny_with_the_measured_settings() -> None:
     assert value_of(advised, "--init") is None
     assert preset_of(advise(CPU, images(47), cost)).training.batch_size == 32
     assert preset_of(advise(CPU, images(48), cost)).training.batch_size == 48
+
+
+def test_minutes_choose_a_measured_run() -> None:
+    short = advise(CPU, images(9_469, 128), cost, minutes=3)
+    assert (name_of(short), preset_of(short).training.epochs) == ("tiny", 12)
+    assert value_of(short, "--epochs") == "12"
+    assert any("2.5 of 3 core minutes, as measured on Imagenette" in advice.reason for advice in short.settings)
+    assert short.command and "--preset tiny --batch-size 48 --epochs 12" in short.command
+    with pytest.raises(DinoError, match="--minutes 1 is less than any measured run"):
+        advise(CPU, images(9_469, 128), cost, minutes=1)
+    with pytest.raises(DinoError, match="--minutes 3 needs measured runs"):
+        advise(GPU, images(9_469, 128), cost, minutes=3)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
-from dinocli.apps.doctor.measured import MEASURED, describe
+import pytest
+
+from dinocli.apps.doctor.measured import MEASURED, choose, describe, nearest
+from dinocli.core.errors import DinoError
 from dinocli.method.preset import load_preset
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -13,11 +17,7 @@ def test_each_row_stands_in_the_results_with_its_numbers() -> None:
     for row in MEASURED:
         steps = row.epochs * (load_preset(row.preset).training.steps_per_epoch or 0)
         low, high = row.knn
-        lines = [
-            line
-            for line in text.splitlines()
-            if line.startswith(f"| `{row.preset}` | Imagenette, ten classes | {steps:,} |")
-        ]
+        lines = [line for line in text.splitlines() if line.startswith(f"| `{row.preset}` | {row.data} | {steps:,} |")]
         assert len(lines) == 1, f"{row} in docs/results.md"
         assert f"{low}" in lines[0]
         assert f"{high}" in lines[0]
@@ -25,6 +25,29 @@ def test_each_row_stands_in_the_results_with_its_numbers() -> None:
 
 
 def test_the_line_names_epochs_minutes_and_the_untrained_network() -> None:
-    line = describe("tiny")
-    assert "32.9 untrained, 43.1 to 44.0 with --epochs 12 (2.5 core minutes), 51.2 with --epochs 40" in line
-    assert describe("vits16") == ""
+    line = describe(9_469)
+    assert (
+        "32.9 untrained, 43.1 to 44.0 by tiny with --epochs 12 (2.5 core minutes), 51.2 by tiny with --epochs 40"
+        in line
+    )
+
+
+def test_the_nearest_number_of_images_counts_by_ratio() -> None:
+    sizes = sorted({row.images for row in MEASURED})
+    for size in sizes:
+        assert {row.images for row in nearest(size)} == {size}
+    for small, large in pairwise(sizes):
+        middle = (small * large) ** 0.5
+        assert nearest(int(middle * 0.99))[0].images == small
+        assert nearest(int(middle * 1.01))[0].images == large
+    assert nearest(0)[0].images == sizes[0]
+    assert nearest(None)[0].images == nearest(10**9)[0].images == sizes[-1]
+    minutes = [row.minutes for row in nearest(9_469)]
+    assert minutes == sorted(minutes)
+
+
+def test_the_longest_run_that_fits_the_minutes_is_chosen() -> None:
+    assert choose(9_469, 2.5).epochs == choose(9_469, 8.9).epochs == 12
+    assert (choose(9_469, 9).preset, choose(9_469, 9).epochs) == ("tiny", 40)
+    with pytest.raises(DinoError, match="--minutes 1 is less than any measured run; expected 2.5 or more"):
+        choose(9_469, 1)
