@@ -105,11 +105,13 @@ def dedup(
         steps = {share: float(np.floor(1e6 * np.quantile(best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
-            return
-        rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
-        console.table(["% of images with a neighbour this near", "threshold"], rows)
-        console.out(str(histogram))
-        console.say(f"next: the same command with --threshold {steps[0.01]:.6f} (or another), then check its sheets")
+        else:
+            rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
+            console.table(["% of images with a neighbour this near", "threshold"], rows)
+            console.out(str(histogram))
+        console.saved(
+            [histogram], f"the same command with --threshold {steps[0.01]:.6f} (or another), then check its sheets"
+        )
         return
     groups = choose(found, lambda row: gallery.size(row, images))
     dropped = [row for group in groups for row in group.dropped]

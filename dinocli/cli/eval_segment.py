@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -157,6 +158,7 @@ def _score_overlap(
         [[way, f"{mean:.3f}"] for way, mean in result.means.items()],
         title=f"overlap with the masks of {len(result.each)} photos, by {encoder.source} at {side} pixels",
     )
+    console.saved([], "dino segment IMAGES")
 
 
 def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
@@ -196,4 +198,4 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
         ],
     )
     console.out(str(path))
-    console.saved([path], "dino segment IMAGES")
+    console.saved([path], f"dino segment IMAGES --classifier {quote(str(path))}")

@@ -66,6 +66,7 @@ def slurm(
     commands[name].make_context(name, list(rest), parent=context.find_root())
     for line in _script(words, nodes, gpus, cpus, time, partition, account):
         console.out(line)
+    console.saved([], "sbatch FILE, with the script in FILE")
 
 
 def _check_job(name: str, rest: list[str], nodes: int, gpus: int, texts: dict[str, str | None]) -> None:
