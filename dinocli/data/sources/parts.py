@@ -253,6 +253,11 @@ def _read_row(path: str, value: str, images: ImagesConfig) -> Data:
     return read_row(path, images.key, _number(value), images.max_megabytes * 1e6)
 
 
+def is_tiff(name: str) -> bool:
+    """Return True for the name of a TIFF, whose pages or tiles may be images."""
+    return kind_of(name) in _TIFF
+
+
 def _is_pyramid(path: str) -> bool:
     """Return True for a TIFF with reduced levels of its picture, as tiffslide reads them."""
     return SLIDES.installed and begins_with(path, SIGNATURES) and count_levels(path) > 1
