@@ -136,7 +136,10 @@ def dedup(
         console.table(list(numbers), [[str(number) for number in numbers.values()]])
         for path in files:
             console.out(str(path))
-    console.saved(files, f"dino pretrain {quote(str(out / 'keep.txt'))}" if (out / "keep.txt") in files else "")
+    written = (out / "keep.txt") in files
+    console.saved(
+        files, f"dino pretrain {quote(str(out / 'keep.txt'))}" if written else "the same command with --data DIR"
+    )
 
 
 def _compare(gallery: Gallery, threshold: float | None, all_pairs: bool) -> tuple[Alike | None, Floats]:

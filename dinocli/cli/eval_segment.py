@@ -177,12 +177,14 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
             encoder, data, out / "patches", short_side=side, epochs=epochs, seed=seed, report=report
         )
     path = out / HEAD
+    following = f"dino segment IMAGES --classifier {quote(str(path))}"
     write_head(path, head)
     console.skipped(result.skipped)
     if result.split_off:
         console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
     if json:
         console.out_json(asdict(result) | {"path": str(path)})
+        console.saved([path], following)
         return
     console.table(
         ["class", "IoU %", f"IoU %, all {result.commonest}"],
@@ -198,4 +200,4 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
         ],
     )
     console.out(str(path))
-    console.saved([path], f"dino segment IMAGES --classifier {quote(str(path))}")
+    console.saved([path], following)

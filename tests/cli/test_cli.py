@@ -1253,3 +1253,14 @@ def test_every_command_ends_with_the_next_one(dino: Dino, labelled: Path, start:
         assert dino(*words).stderr.splitlines()[-1] == f"next: {following}"
     advised = dino("doctor", "labelled", "--device", "cpu")
     assert advised.stderr.splitlines()[-1] == f"next: {advised.stdout.splitlines()[-1]}"
+
+
+def test_images_that_moved_are_named_with_the_option_that_finds_them(dino: Dino, labelled: Path, start: Path) -> None:
+    dino("extract", str(start), "labelled", "--workers", "0", "--device", "cpu")
+    labelled.rename(labelled.with_name("moved"))
+    done = dino("dedup", "--threshold", "0.9999", "--pages", "0")
+    assert done.stderr.splitlines()[-2:] == [
+        "results saved to dedup/histogram.png", "next: the same command with --data DIR"
+    ]  # fmt: skip
+    told = dino("curate", "features", "--clusters", "2", "--data", "moved", "--json")
+    assert told.stderr.splitlines()[-2:] == ["results saved to curated.txt", "next: dino pretrain curated.txt"]
