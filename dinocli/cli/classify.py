@@ -153,7 +153,7 @@ def classify(
     if len(groups) > PAGES * SHEET_ROWS:
         console.say(f"note: the pictures show {PAGES * SHEET_ROWS} of the {len(groups)} classes")
     again = f"dino classify IMAGES --with {quote(str(saved))} --sort-into sorted"
-    console.saved(written, "dino plot" if sort_into else again)
+    console.saved(written, "dino plot FEATURES" if sort_into else again)
 
 
 def _describe(path: Path, classifier: Classifier) -> str:

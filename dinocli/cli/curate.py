@@ -129,11 +129,11 @@ def curate(
     if json:
         names = [gallery.name(row) for row in rows.tolist()]
         console.out_json({"left": left, "list": str(out) if written else None, "images": names})
-        return
-    console.table(["step", "images left"], [[step, str(images)] for step, images in left.items()])
-    for path in written:
-        console.out(str(path))
-    console.saved(written, f"dino pretrain {quote(str(out))}" if written else "")
+    else:
+        console.table(["step", "images left"], [[step, str(images)] for step, images in left.items()])
+        for path in written:
+            console.out(str(path))
+    console.saved(written, f"dino pretrain {quote(str(out))}" if written else "the same command with --data DIR")
 
 
 def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:

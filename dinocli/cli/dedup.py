@@ -105,11 +105,13 @@ def dedup(
         steps = {share: float(np.floor(1e6 * np.quantile(best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
-            return
-        rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
-        console.table(["% of images with a neighbour this near", "threshold"], rows)
-        console.out(str(histogram))
-        console.say(f"next: the same command with --threshold {steps[0.01]:.6f} (or another), then check its sheets")
+        else:
+            rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
+            console.table(["% of images with a neighbour this near", "threshold"], rows)
+            console.out(str(histogram))
+        console.saved(
+            [histogram], f"the same command with --threshold {steps[0.01]:.6f} (or another), then check its sheets"
+        )
         return
     groups = choose(found, lambda row: gallery.size(row, images))
     dropped = [row for group in groups for row in group.dropped]
@@ -134,7 +136,10 @@ def dedup(
         console.table(list(numbers), [[str(number) for number in numbers.values()]])
         for path in files:
             console.out(str(path))
-    console.saved(files, f"dino pretrain {quote(str(out / 'keep.txt'))}" if (out / "keep.txt") in files else "")
+    written = (out / "keep.txt") in files
+    console.saved(
+        files, f"dino pretrain {quote(str(out / 'keep.txt'))}" if written else "the same command with --data DIR"
+    )
 
 
 def _compare(gallery: Gallery, threshold: float | None, all_pairs: bool) -> tuple[Alike | None, Floats]:

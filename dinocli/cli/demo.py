@@ -13,6 +13,8 @@ from dinocli.cli.layout import OUTPUT
 from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.core.errors import DinoError
 
+_NEXT = "dino pretrain ./images --preset tiny"
+
 
 def demo(
     workers: Workers = None,
@@ -54,6 +56,7 @@ def demo(
         raise
     if json:
         console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
+        console.saved([result.folder], _NEXT)
         return
     console.table(
         ["features", "k-NN top-1 %", "linear top-1 %", "attention on the object (Jaccard)"],
@@ -65,4 +68,4 @@ def demo(
         f"a mask of the whole image has Jaccard {result.everything:.3f}",
     )
     console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")
-    console.saved([result.folder], "dino pretrain ./images --preset tiny")
+    console.saved([result.folder], _NEXT)

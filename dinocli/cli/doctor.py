@@ -99,6 +99,10 @@ def doctor(
         console.error(fault, remedy)
     if machine.faults:
         raise typer.Exit(1)
+    if not source:
+        console.saved([], "dino doctor IMAGES")
+    elif advised and advised.command:
+        console.saved([], advised.command)
 
 
 def _inspect(

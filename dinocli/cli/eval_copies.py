@@ -76,3 +76,4 @@ def copies(
         rows,
         title=f"copy detection by {encoder.source}: {among}, {whitened}, {side} pixels",
     )
+    console.saved([], "dino compare RUN OTHER --on DATA")

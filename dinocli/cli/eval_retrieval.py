@@ -67,3 +67,4 @@ def retrieval(
         f"retrieval by {encoder.source}: {len(read.images)} images, longest side {side}" + ", three sizes" * multiscale
     )
     console.table(["level", "mAP %", *(f"mP@{k} %" for k in KS), "queries"], rows, title=title)
+    console.saved([], "dino compare RUN OTHER --on DATA")

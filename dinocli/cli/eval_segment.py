@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -157,6 +158,7 @@ def _score_overlap(
         [[way, f"{mean:.3f}"] for way, mean in result.means.items()],
         title=f"overlap with the masks of {len(result.each)} photos, by {encoder.source} at {side} pixels",
     )
+    console.saved([], "dino segment IMAGES")
 
 
 def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
@@ -175,12 +177,14 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
             encoder, data, out / "patches", short_side=side, epochs=epochs, seed=seed, report=report
         )
     path = out / HEAD
+    following = f"dino segment IMAGES --classifier {quote(str(path))}"
     write_head(path, head)
     console.skipped(result.skipped)
     if result.split_off:
         console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
     if json:
         console.out_json(asdict(result) | {"path": str(path)})
+        console.saved([path], following)
         return
     console.table(
         ["class", "IoU %", f"IoU %, all {result.commonest}"],
@@ -196,4 +200,4 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
         ],
     )
     console.out(str(path))
-    console.saved([path], "dino segment IMAGES")
+    console.saved([path], following)

@@ -177,7 +177,9 @@ def export(
         console.out_json(about | measured)
     else:
         console.out(str(done.path))
-    console.saved([done.path], f"dino push {quote(source)}")
+    named = quote(source)  # a network with a convolutional stem has only the other forms, and cannot be pushed
+    pushed = to in ("timm", "transformers")
+    console.saved([done.path], f"dino push {named}" if pushed else f"dino compare {named} OTHER --on DATA")
 
 
 def _export_features(source: str | None, to: TableFormat, out: Path | None, *, json: bool) -> None:
@@ -198,7 +200,7 @@ def _export_features(source: str | None, to: TableFormat, out: Path | None, *, j
         for paths in files.values():
             console.out(str(paths[0]))
     written = (path for paths in files.values() for path in paths)
-    console.saved(written, f"dino plot --features {quote(str(place))}")
+    console.saved(written, f"dino plot {quote(str(place))}")
 
 
 _LIBRARY = {

@@ -163,6 +163,7 @@ def extract(
     for name, source in parts.items():
         whole = out / f"{name}.safetensors"
         places[name] = part_path(whole, share) if numbered else whole
+        _note_replaced(places[name], encoder.fingerprint)
         for line in warn_of(source, encoder.images) if rank() == 0 else ():
             console.say(f"note: {f'{name}: ' if len(parts) > 1 else ''}{line}")
         with (
@@ -193,12 +194,17 @@ def extract(
             _write_metadata(out / f"{name}-columns.csv", source, f"{name}/" if len(parts) > 1 else "")
     for place in places.values() if rank() == 0 else ():
         forget(place)
-    uses = "" if tokens == "patches" else "knn" if any(source.classes for source in parts.values()) else "plot"
+    features = quote(str(out))
+    following = f"dino plot {features}"
+    if tokens == "patches":
+        following = f"dino export {features} --to npy"
+    elif any(source.classes for source in parts.values()):
+        following = f"dino knn --features {features}"
     if numbered:
         console.say(f"part {numbered[0]} of {share.of}; when all are there, join them")
-        _show(written, out, to, f"dino extract --merge {quote(str(out))} --out {quote(str(out))}", json)
+        _show(written, out, to, f"dino extract --merge {features} --out {features}", json)
     else:
-        _show(written, out, to, uses and f"dino {uses} --features {quote(str(out))}", json)
+        _show(written, out, to, following, json)
 
 
 def _merge(places: list[Path], out: Path, to: TableFormat | Literal["safetensors"], json: bool) -> None:
@@ -217,12 +223,25 @@ def _merge(places: list[Path], out: Path, to: TableFormat | Literal["safetensors
             )
     from dinocli.data.sources.outputs import marked
     from dinocli.features.parts import find_parts, join
+    from dinocli.features.store import provenance_at
 
     joined = []
     for name, paths in find_parts(places).items():
+        if made := provenance_at(paths[0]):
+            _note_replaced(out / f"{name}.safetensors", made.fingerprint)
         with marked(out, "extract"), console.progress(f"merge {name}", 0, "images") as advance:
             joined.append(join(paths, out / f"{name}.safetensors", advance))
     _show(joined, out, to, f"dino knn --features {quote(str(out))}", json)
+
+
+def _note_replaced(path: Path, fingerprint: str) -> None:
+    """Print a note if a path holds features of other weights, which this command replaces."""
+    from dinocli.core.distributed import rank
+    from dinocli.features.store import provenance_at
+
+    before = provenance_at(path) if rank() == 0 else None
+    if before and before.fingerprint != fingerprint:
+        console.say(f"note: replacing {path}, the features of other weights: {before.maker}; --out keeps both")
 
 
 def _parse_part(given: str | None) -> tuple[int, int] | None:

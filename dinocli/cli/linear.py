@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -141,7 +142,7 @@ def linear(
             print_class_accuracies(kept["per_class"])
     if trained.probe:
         print_calibration(trained.probe.result.calibration)
-    console.saved(written, f"dino classify IMAGES --with {out}" if save and trained.probe else "dino linear --save")
+    console.saved(written, _following(out if save else None, features, paper))
 
 
 class _Trained(NamedTuple):
@@ -170,6 +171,14 @@ def _save(path: Path, probe: Probe, classes: list[str], provenance: Provenance) 
         result.test_images,
     )
     write_classifier(path, classifier)
+
+
+def _following(saved: Path | None, features: Path | None, paper: str | None) -> str:
+    """Return the command to run next: classify with a saved probe, else save one."""
+    if saved:
+        return f"dino classify IMAGES --with {quote(str(saved))}"
+    given = f"--paper {quote(paper)} " if paper else f"--features {quote(str(features))} " if features else ""
+    return f"dino linear {given}--save"
 
 
 def _train_on_features(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -116,4 +117,4 @@ def pack(
                 ]
             ],
         )
-    console.saved([out], f"dino pretrain {out}")
+    console.saved([out], f"dino pretrain {quote(str(out))}")

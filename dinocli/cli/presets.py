@@ -47,13 +47,14 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
         )
     if json:
         console.out_json(rows)
-        return
-    # One row of several lines per preset, because five columns would break words in a terminal of 80 characters.
-    cells = [
-        [row["preset"], f"{row['backbone']}\n{row['recipe']}\ncost: {row['cost']}\nexpected: {row['expected']}"]
-        for row in rows
-    ]
-    console.table(["preset", "backbone, recipe, cost and expected result"], cells, lines=True)
+    else:
+        # One row of several lines per preset, because five columns would break words in a terminal of 80 characters.
+        cells = [
+            [row["preset"], f"{row['backbone']}\n{row['recipe']}\ncost: {row['cost']}\nexpected: {row['expected']}"]
+            for row in rows
+        ]
+        console.table(["preset", "backbone, recipe, cost and expected result"], cells, lines=True)
+    console.saved([], "dino pretrain IMAGES --preset tiny")
 
 
 @presets.command()
@@ -70,6 +71,8 @@ def show(
     """
     for line in shipped.text(name).rstrip("\n").splitlines():
         console.out(line)
+    before = " --from RUN" if name in shipped.stages() else ""
+    console.saved([], f"dino pretrain IMAGES --preset {name}{before}")
 
 
 _MANY = 300
@@ -110,7 +113,8 @@ def backbones(
         else:
             for name in names:
                 console.out(name)
-        console.say(f"{len(names):,} names; for parameters, width and feature: dino presets backbones PATTERN")
+        console.say(f"{len(names):,} names; a PATTERN adds parameters, width and feature")
+        console.saved([], "dino presets backbones PATTERN")
         return
     if len(names) > _MANY:
         console.say(f"note: building {len(names):,} networks takes a minute or more; a narrower PATTERN is faster")
@@ -133,3 +137,5 @@ def backbones(
         console.out_json(entries)
     supported = sum(not entry["reason"] for entry in entries)
     console.say(f"{supported:,} of {len(names):,} names work")
+    trained = next((entry["name"] for entry in entries if not entry["reason"]), None)
+    console.saved([], f"dino pretrain IMAGES --set backbone.name={trained}" if trained else "dino presets backbones")

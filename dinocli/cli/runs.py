@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -48,9 +49,12 @@ def runs(
                 f"dino compare {names} --on DATA" if len(listed) > 1 else "dino extract RUN DATA, then dino knn",
             )
         console.out(str(chosen.folder))
+        console.saved([], f"dino extract {shlex.quote(str(chosen.folder))} DATA")
         return
+    following = shlex.join(["dino", "report", *(str(run.folder) for run in listed[:2])])
     if json:
         console.out_json({"runs": [_list_values(run) for run in listed], "best": chosen and str(chosen.folder)})
+        console.saved([], following)
         return
     rows = [_format_row(run, best=run is chosen) for run in listed]
     console.table(["run", "training", "k-NN %", "state"], rows, lines=True)
@@ -58,6 +62,7 @@ def runs(
     if chosen and len(measured) > 1:
         console.say(f"best: {chosen.folder}, k-NN {chosen.knn:.1f} % at step {chosen.knn_step}")
         console.say("note: accuracies are comparable if the runs have the same --monitor; else use dino compare")
+    console.saved([], following)
 
 
 def _format_row(run: RunSummary, *, best: bool) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,11 @@ from dinocli.core.errors import DinoError, nearest
 
 _SHARED = ("pretrain", "extract")  # run in several processes, with torchrun
 _TRAINS = ("pretrain", "adapt", "finetune")  # save and end on USR1, and resume in the same run folder
+# Options that name inputs.
+_INPUTS = frozenset(
+    "--checkpoint --data --features --from --images --init --keypoints --mask --monitor --normal --on --paper --seeds "
+    "--teacher --test --train --truth --with".split()
+)
 _GRACE = 120  # seconds between USR1 and the time limit
 
 
@@ -63,9 +68,35 @@ def slurm(
         raise Misuse(f"dino slurm has no command {name}", f"dino slurm {nearest(name, {*commands} - {'slurm'})} ...")
     _check_job(name, rest, nodes, gpus, {"--time": time, "--partition": partition, "--account": account})
     # Mistakes in the command are reported now, not when the job starts.
-    commands[name].make_context(name, list(rest), parent=context.find_root())
+    for option, place in _missing(commands[name], name, rest, context.find_root()):
+        console.say(f"note: {option}{place} does not exist here; the job needs it on its machines")
     for line in _script(words, nodes, gpus, cpus, time, partition, account):
         console.out(line)
+    console.saved([], "sbatch FILE, with the script in FILE")
+
+
+def _missing(command: Any, name: str, rest: list[str], parent: Any) -> Iterator[tuple[str, str]]:
+    """Parse a command, and return its inputs that are not on this machine, each after its option.
+
+    They are no error, because a job may run on machines with other disks.
+    """
+    inner = command.make_context(name, list(rest), parent=parent)
+    if hasattr(command, "commands"):
+        word, subcommand, rest = command.resolve_command(inner, rest)
+        yield from _missing(subcommand, word, rest, inner)
+        return
+    from dinocli.data.sources.several import split_weight
+    from dinocli.weights.identify import kind_of
+
+    for each in command.params:
+        option = "" if each.param_type_name == "argument" else f"{each.opts[-1]} "
+        values = inner.params.get(each.name)
+        if each.name == "out" or (option and option.strip() not in _INPUTS):
+            continue
+        for value in values if isinstance(values, list | tuple) else [values]:
+            place = split_weight(str(value))[0]
+            if value is not None and kind_of(place) in ("missing", "pattern"):
+                yield option, place
 
 
 def _check_job(name: str, rest: list[str], nodes: int, gpus: int, texts: dict[str, str | None]) -> None:

@@ -169,7 +169,8 @@ def track_frames(
         console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
     for path in () if json else (done.strip, done.gif, done.masks):
         console.out(str(path))
-    console.saved([done.strip, done.gif, done.masks], "dino eval track FRAMES --mask MASK --truth MASKS")
+    following = "dino track FRAMES --mask MASK" if truth else "dino eval track FRAMES --mask MASK --truth MASKS"
+    console.saved([done.strip, done.gif, done.masks], following)
 
 
 def _format_row(name: str, score: Score, still: Score) -> list[str]:

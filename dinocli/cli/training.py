@@ -159,6 +159,7 @@ def show_plan(plan: Plan, json: bool) -> None:
     for line in list_notes(plan, begun=False):
         console.say(f"note: {line}")
     _print_plan(plan, json)
+    console.saved([], "the same command without --dry-run")
 
 
 def _refuse_two_values(given: Sequence[str], overrides: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -203,6 +204,14 @@ def read_provenance(path: Path, metadata: dict[str, str], again: str = _AGAIN) -
     except (ValueError, KeyError, TypeError) as error:
         why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise _format_damage(path, f"its metadata cannot be read; {why}", again) from error
+
+
+def provenance_at(path: Path) -> Provenance | None:
+    """Return the provenance of the features of a split, in one file or a folder of shards; None without valid ones."""
+    for place in (path, *sorted(path.with_suffix("").glob("*.safetensors"))[:1]):
+        with contextlib.suppress(OSError, ValueError, DinoError):
+            return read_provenance(place, read_metadata(place))[0]
+    return None
 
 
 def _check_parts(

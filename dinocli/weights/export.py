@@ -17,7 +17,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
-from dinocli.data.sources.open import Source
+from dinocli.data.sources.open import Source, within
 from dinocli.data.views.crops import resize_for
 from dinocli.features.encoder import Encoder, TokenChoice, whole_patches
 from dinocli.models.architecture import BackboneConfig
@@ -143,6 +143,9 @@ def export(
         elif to == "onnx":
             difference = _compare_graph(encoder, write_onnx(encoder, tokens, shape, draft), tokens, shape)
             if precision != "float32":
+                if images is not None:
+                    images = within(images, encoder.images)
+                    notes += images.notes
                 reduced = reduce_onnx(draft, precision, encoder, tokens, shape, images)
             load = f"onnxruntime.InferenceSession({str(out)!r}).run(['features'], {{'images': images}})"
         else:

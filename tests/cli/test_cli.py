@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from conftest import write_images
 from PIL import Image
+from typer.main import get_command
 
-from dinocli.cli import main
+from dinocli.cli import app, main
 from dinocli.method import shipped
 
 SMALL = [
@@ -40,6 +41,18 @@ class Done:
 Dino = Callable[..., Done]
 
 
+def check_next(said: str) -> None:
+    """Check that the command in a `next:` line exists, and has its options."""
+    for line in said.splitlines():
+        words = shlex.split(line.removeprefix("next: dino ")) if line.startswith("next: dino ") else []
+        command = get_command(app)
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        if words:
+            assert not hasattr(command, "commands"), line
+            command.make_parser(command.context_class(command)).parse_args(words)
+
+
 @pytest.fixture
 def dino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dino:
     """Return a function that runs a command in this process, which imports torch only once, in an empty folder."""
@@ -53,6 +66,7 @@ def dino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         done = Done(*capsys.readouterr())
         wanted = stopped.value.code in (1, 2) if code is None else (stopped.value.code or 0) == code
         assert wanted, f"{words}: exit {stopped.value.code}\n{done.stdout}\n{done.stderr}"
+        check_next(done.stderr)
         return done
 
     return run
@@ -1200,7 +1214,7 @@ def test_features_are_written_for_other_tools(dino: Dino, tmp_path: Path, labell
     again = dino("export", "--to", "csv", "--out", "other")
     assert again.stdout == "other/train.csv\nother/val.csv\n"
     names = "other/train.csv, other/train.json, other/val.csv, other/val.json"
-    assert again.stderr.endswith(f"results saved to {names}\nnext: dino plot --features features\n")
+    assert again.stderr.endswith(f"results saved to {names}\nnext: dino plot features\n")
     for name in ("train.csv", "val.json"):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "features" / name).read_bytes()
     one = dino("export", "features/val.safetensors", "--to", "npy", "--json")
@@ -1217,3 +1231,36 @@ def test_an_unknown_tracker_is_a_usage_error(dino: Dino, images: Path) -> None:
     done = dino("pretrain", "images", "--log", "wandbb", code=2)
     assert "--log wandbb is not valid; expected tensorboard, wandb, mlflow, trackio" in done.stderr
     assert "hint: --log wandb\n" in done.stderr
+
+
+def test_every_command_ends_with_the_next_one(dino: Dino, labelled: Path, start: Path) -> None:
+    options = ("--workers", "0", "--device", "cpu")
+    dino("extract", str(start), "labelled", *options)
+    for words, following in (
+        (["extract", str(start), "labelled", "--out", "f", *options], "dino knn --features f"),
+        (["extract", str(start), "labelled", "--out", "p", "--tokens", "patches", *options], "dino export p --to npy"),
+        (["linear", "--features", "f"], "dino linear --features f --save"),
+        (["export", "f", "--to", "csv"], "dino plot f"),
+        (["export", str(start), "--to", "official", "--out", "w.pth"], f"dino compare {start} OTHER --on DATA"),
+        (["presets"], "dino pretrain IMAGES --preset tiny"),
+        (["presets", "show", "vits16"], "dino pretrain IMAGES --preset vits16"),
+        (["presets", "show", "high-resolution"], "dino pretrain IMAGES --preset high-resolution --from RUN"),
+        (["presets", "backbones", "resnet18*"], "dino pretrain IMAGES --set backbone.name=resnet18"),
+        (["doctor", "--device", "cpu"], "dino doctor IMAGES"),
+        (["slurm", "extract", str(start), "labelled"], "sbatch FILE, with the script in FILE"),
+        (["pretrain", "labelled", "--dry-run", *SMALL], "the same command without --dry-run"),
+    ):
+        assert dino(*words).stderr.splitlines()[-1] == f"next: {following}"
+    advised = dino("doctor", "labelled", "--device", "cpu")
+    assert advised.stderr.splitlines()[-1] == f"next: {advised.stdout.splitlines()[-1]}"
+
+
+def test_images_that_moved_are_named_with_the_option_that_finds_them(dino: Dino, labelled: Path, start: Path) -> None:
+    dino("extract", str(start), "labelled", "--workers", "0", "--device", "cpu")
+    labelled.rename(labelled.with_name("moved"))
+    done = dino("dedup", "--threshold", "0.9999", "--pages", "0")
+    assert done.stderr.splitlines()[-2:] == [
+        "results saved to dedup/histogram.png", "next: the same command with --data DIR"
+    ]  # fmt: skip
+    told = dino("curate", "features", "--clusters", "2", "--data", "moved", "--json")
+    assert told.stderr.splitlines()[-2:] == ["results saved to curated.txt", "next: dino pretrain curated.txt"]

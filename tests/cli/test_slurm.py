@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from dinocli.cli import app, main
+from dinocli.cli import app, console, main
 
 COMMANDS = get_command(app).commands
 
@@ -105,6 +105,25 @@ def test_mistakes_are_reported_before_a_job_starts(script, words: str, code: int
     error, said = script(*words.split(), code=code).strip().splitlines()[-2:]
     assert message in error
     assert hint in said
+
+
+def test_missing_inputs_are_noted(monkeypatch: pytest.MonkeyPatch, capsys, script, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    shown = []
+    monkeypatch.setattr(console, "say", shown.append)
+    for line, missing in (
+        ("pretrain imges:0.7 here:0.3 --init w.pth", ["imges", "--init w.pth"]),
+        ("extract timm:resnet18 s3://bucket/x", []),
+        ("pretrain x-{000..009}.tar --teacher timm:resnet18 --monitor here --out new", []),
+        ("--gpus 0 eval retrieval gnd.json --images here", ["gnd.json"]),
+        ("--gpus 0 pack here new", []),
+        ("--gpus 0 knn --features f", ["--features f"]),
+    ):
+        shown.clear()
+        check_syntax(script(*line.split()))
+        noted = [f"note: {place} does not exist here; the job needs it on its machines" for place in missing]
+        assert shown == [*noted, "next: sbatch FILE, with the script in FILE"]
+    assert "no option --imags" in script("--gpus", "0", "eval", "retrieval", "g", "--imags", "x", code=2)
 
 
 # Stand-ins for SLURM's commands. This torchrun runs until it gets USR1, as a training that then saves and ends.

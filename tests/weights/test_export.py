@@ -13,9 +13,21 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import RESNET18, ROTARY, SMALL_HEADS, assert_same_features, of_channels, random_images, write_run
+from conftest import (
+    RESNET18,
+    ROTARY,
+    SMALL_HEADS,
+    assert_same_features,
+    of_channels,
+    random_images,
+    write_images,
+    write_run,
+)
+from PIL import Image
 
 from dinocli.core.errors import DinoError
+from dinocli.data.sources.open import open_source
+from dinocli.data.sources.outputs import marked
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
 from dinocli.models.head import Head
@@ -276,6 +288,19 @@ def test_onnxruntime_computes_the_same_features(tmp_path: Path, tokens: str, siz
     about = session.get_modelmeta().custom_metadata_map
     assert (json.loads(about["mean"]), json.loads(about["size"])) == (list(encoder.mean), size or 48)
     assert session.get_inputs()[0].shape == ["batch", 3, size or 48, size or 48]
+
+
+def test_the_images_of_a_reduced_graph_are_without_outputs_of_this_tool(tmp_path: Path) -> None:
+    source = write_run(tmp_path, "images.pages=all")
+    write_images(tmp_path / "images", 3)
+    frames = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
+    frames[0].save(tmp_path / "images" / "stack.tif", save_all=True, append_images=frames[1:])
+    with marked(tmp_path / "images" / "attention", "attn-map"):
+        write_images(tmp_path / "images" / "attention", 4)
+    images = open_source(str(tmp_path / "images"))
+    done = export(str(source), "onnx", tmp_path / "out.onnx", precision="float16", images=images)
+    assert done.reduced and done.reduced.images == 3, "half of three images and of the three pages of a TIFF"
+    assert any("attention" in note and "written by dino" in note for note in done.notes)
 
 
 @pytest.mark.parametrize(

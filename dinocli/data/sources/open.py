@@ -13,7 +13,7 @@ import numpy as np
 
 from dinocli.core.errors import DinoError, nearest
 from dinocli.core.resources import cache_folder
-from dinocli.data.decode.extras import MEDICAL
+from dinocli.data.decode.extras import MEDICAL, SLIDES
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
@@ -24,7 +24,7 @@ from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, list_f
 from dinocli.data.sources.lists import LISTS, fields_of, merge_rows, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
-from dinocli.data.sources.parts import expand, holder_of
+from dinocli.data.sources.parts import expand, holder_of, is_tiff
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
 from dinocli.data.sources.remote import open_remote
@@ -151,6 +151,8 @@ def within(source: S, images: ImagesConfig) -> S:
         return source
     parts, missed = expand(source.root, source.names, images)
     added: list[str] = [f"not read: {unread(kinds)}; --set {setting}" for setting, kinds in missed.items()]
+    if images.tile and not SLIDES.installed and (tiffs := sum(map(is_tiff, source.names))):
+        added.append(f"{tiffs} .tif are read whole, pyramids too; {SLIDES.pip} reads the tiles of pyramids")
     if not parts:
         setting, kinds = next(iter(missed.items()))
         raise DinoError(f"no images in {source.where}: it holds {unread(kinds)}", f"--set {setting}")

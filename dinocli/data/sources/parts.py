@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -190,7 +191,8 @@ def _frame_parts(path: str, images: ImagesConfig) -> Iterator[str]:
 def _read_page(path: str, value: str, images: ImagesConfig) -> Data:
     if looks_like_dicom(path):
         data = read_file(path, images)
-        return open_dicom(data, images, _number(value)) or data
+        frame = open_dicom(data, images, _number(value))
+        return replace(frame, pages=1) if frame else data  # no page of it is lost, so none is reported
     if kind_of(path) in VOLUMES.suffixes:
         return open_slice(path, _number(value), images.channels)
     return _cut(path, [value], images)[0]
@@ -249,6 +251,11 @@ def _row_parts(path: str, images: ImagesConfig) -> Iterator[str]:
 
 def _read_row(path: str, value: str, images: ImagesConfig) -> Data:
     return read_row(path, images.key, _number(value), images.max_megabytes * 1e6)
+
+
+def is_tiff(name: str) -> bool:
+    """Return True for the name of a TIFF, whose pages or tiles may be images."""
+    return kind_of(name) in _TIFF
 
 
 def _is_pyramid(path: str) -> bool:

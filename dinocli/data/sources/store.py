@@ -101,8 +101,11 @@ class Store:
                 if isinstance(error, FileNotFoundError) and not self._hides_failure(error):
                     raise
                 if attempt == tries - 1:
+                    # The missing file of `_hides_failure` has only the address; its cause names the failure.
+                    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+                    reason = _first_line(cause if isinstance(cause, Exception) else error)
                     raise DinoError(
-                        f"{address} cannot be read after {tries} attempts: {_first_line(error)}",
+                        f"{address} cannot be read after {tries} attempts: {reason}",
                         "check the address and the network, and run the same command again: it resumes",
                     ) from error
                 time.sleep(_PAUSE * 2**attempt * (1 + random.random()) / 2)

@@ -15,7 +15,7 @@ from dinocli.apps.demo.drawings import draw
 from dinocli.apps.doctor import inspection
 from dinocli.apps.doctor.inspection import inspect, warn_of
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import Images, TorchvisionImages, open_source
+from dinocli.data.sources.open import Images, TorchvisionImages, open_source, within
 
 
 @pytest.fixture
@@ -249,6 +249,17 @@ def test_pages_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest
     assert warn_of(source, ImagesConfig()) == [
         "1 of 4 images has several pages or frames; only the first is read (see images.pages)"
     ]
+
+
+def test_frames_that_are_read_as_images_are_no_loss(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", minversion="3")
+    from medical_files import dicom
+
+    frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16), dtype=np.uint8)
+    (tmp_path / "a.dcm").write_bytes(dicom(frames, frames=3))
+    source, every = open_source(str(tmp_path)), ImagesConfig(pages="all")
+    assert "1 of 1 images has several pages or frames" in warn_of(source, ImagesConfig())[-1]
+    assert len(within(source, every)) == 3 and warn_of(within(source, every), every) == []
 
 
 def test_few_shards_are_opened_for_few_images(shards: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dinocli.core.errors import DinoError
+from dinocli.data.decode.extras import Extra
 from dinocli.data.decode.image import decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Images, image_folder, open_source, photos, splits, within
@@ -47,6 +48,14 @@ def test_every_page_is_an_image_with_the_class_of_its_file(tmp_path: Path) -> No
     assert again.fingerprint == source.fingerprint != image_folder(tmp_path).fingerprint
     taken = source.take(np.array([5, 0]))
     np.testing.assert_array_equal(decode(taken.read(0, GREY), GREY), STACK[2][..., None])
+
+
+def test_tiles_that_need_an_extra_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, tiles = open_source(str(stacks(tmp_path))), ImagesConfig(channels=1, tile=8)
+    assert not within(opened, tiles).notes or not Extra("slides", "tiffslide", frozenset()).installed
+    monkeypatch.setattr(Extra, "installed", False)
+    (note,) = within(opened, tiles).notes
+    assert note == "3 .tif are read whole, pyramids too; pip install 'dinocli[slides]' reads the tiles of pyramids"
 
 
 def test_only_the_first_page_is_an_image_unless_the_preset_says_otherwise(tmp_path: Path) -> None:

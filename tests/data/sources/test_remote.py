@@ -59,6 +59,8 @@ def test_a_folder_over_http(web: tuple[str, dict[str, list[str]], Path], tmp_pat
     with pytest.raises(DinoError, match=r"dog/0000\.png cannot be read after 5 attempts: ") as error:
         source.read(2)
     assert "it resumes" in error.value.hint
+    with pytest.raises(DinoError, match=r"cannot be read after 2 attempts: .*(Connect|connect)"):
+        open_source("http://127.0.0.1:9/photos/")  # the reason, not the address again
     assert not cached(tmp_path)  # nothing truncated is kept
     (folder / "cat" / "0001.png").unlink()
     with pytest.raises(FileNotFoundError):
