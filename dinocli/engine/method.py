@@ -21,6 +21,7 @@ class ParamGroup:
         lr_scale: Factor on the learning rate.
         frozen_epochs: Number of initial epochs in which the optimizer skips these parameters, weight decay included.
         modules: Name of each parameter's module, for clipping per module. If empty, all belong to one module.
+        hidden: For each parameter, True if it is the matrix of a hidden layer, which Muon moves. If empty, none is.
     """
 
     params: list[nn.Parameter]
@@ -28,6 +29,7 @@ class ParamGroup:
     lr_scale: float = 1.0
     frozen_epochs: int = 0
     modules: list[str] = field(default_factory=list)
+    hidden: list[bool] = field(default_factory=list)
 
 
 def group_parameters(
@@ -48,6 +50,7 @@ def group_parameters(
         group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
         group.params.append(parameter)
         group.modules.append(module)
+        group.hidden.append(parameter.ndim == 2 and "last_layer" not in name)
     return list(groups.values())
 
 

@@ -111,10 +111,55 @@ class AdamWConfig(_Optimizer):
 
     def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
         """Shrink the parameters of a group, as the step of torch would for a number on the host."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if parameters:
-            factor = torch.where(done, 1 - group["lr"] * weight_decay, 1.0)
-            torch._foreach_mul_(parameters, factor.to(parameters[0].dtype))
+        _shrink(group, weight_decay, done)
+
+
+def _shrink(group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+    parameters = [p for p in group["params"] if p.grad is not None]
+    if parameters:
+        factor = torch.where(done, 1 - group["lr"] * weight_decay, 1.0)
+        torch._foreach_mul_(parameters, factor.to(parameters[0].dtype))
+
+
+class MuonConfig(_Optimizer):
+    """Muon for the matrices of hidden layers, AdamW for all other parameters.
+
+    Attributes:
+        momentum: Momentum of the matrices.
+        matrix_rate: Factor on the learning rate of the matrices. At 1, their updates are as large as AdamW's mostly.
+        betas: Momenta of AdamW.
+        eps: Epsilon of AdamW.
+    """
+
+    kind: Literal["muon"]
+    momentum: Fraction
+    matrix_rate: float = Field(gt=0)
+    betas: tuple[Fraction, Fraction]
+    eps: float = Field(1e-8, gt=0)
+
+    def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """Build the optimizer over the groups.
+
+        Raises:
+            DinoError: If the parameters are sharded: no process has a whole matrix.
+        """
+        if in_shards([p for group in groups for p in group.params]):
+            raise DinoError("Muon does not support --parallel fsdp: its step needs whole matrices", _SHARDING_HINT)
+        parts: list[ParamGroup] = []
+        for group in groups:
+            for hidden in (False, True):
+                which = [i for i in range(len(group.params)) if bool(group.hidden and group.hidden[i]) == hidden]
+                rate = group.lr_scale * (self.matrix_rate if hidden else 1)
+                modules = [group.modules[i] for i in which] if group.modules else []
+                part = [group.params[i] for i in which]
+                parts.append(ParamGroup(part, group.decay, rate, group.frozen_epochs, modules, [hidden] * len(part)))
+        parts = [part for part in parts if part.params]
+        named = [group | {"hidden": all(part.hidden)} for group, part in zip(_to_dicts(parts), parts, strict=True)]
+        return Muon(named, betas=self.betas, eps=self.eps, momentum=self.momentum)
+
+    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+        """Shrink the parameters of a group, as the step would for a number on the host."""
+        _shrink(group, weight_decay, done)
 
 
 _SHARDING_HINT = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"
@@ -166,7 +211,7 @@ class LARSConfig(_Optimizer):
         group["weight_decay"] = weight_decay
 
 
-OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig, Field(discriminator="kind")]
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig | MuonConfig, Field(discriminator="kind")]
 
 
 def _to_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
@@ -216,6 +261,61 @@ class LARS(torch.optim.Optimizer):
                 # In place, because a graph of the step writes to fixed addresses.
                 old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
                 p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups with `hidden`, AdamW for the others.
+
+    The momentum of a matrix is made nearly orthogonal, and the step has the root mean square that those of AdamW mostly
+    have, so that both take the same learning rate.
+
+    Source: K. Jordan, Muon, 2024; the scale: arXiv 2502.16982, section 2.2. torch.optim.Muon computes the same, but
+    cannot skip a step.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, momentum: float
+    ) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+        self._momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; skip the step if `found_inf` is 1, as torch's optimizers do."""
+        skipped = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for p in group["params"] if group["hidden"] else ():
+                if p.grad is not None:
+                    self._move(p, p.grad, group, skipped)
+                    p.grad = None  # nothing is left for AdamW
+        super().step()
+
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any], skipped: Tensor | None) -> None:
+        state = self.state[p]
+        if "momentum" not in state:
+            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
+            state["momentum"] = torch.zeros_like(p)
+        old = state["momentum"]
+        new = old.lerp(gradient, 1 - self._momentum)
+        update = orthogonal(gradient.lerp(new, self._momentum)) * (0.2 * max(p.shape) ** 0.5)
+        moved = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        # In place, because a graph of the step writes to fixed addresses.
+        old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
+        p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Bring all singular values of a matrix near 1 by five Newton-Schulz iterations in bfloat16. [m, n] -> [m, n]
+
+    Source: K. Jordan, Muon, 2024, with its coefficients.
+    """
+    x = matrix.bfloat16()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

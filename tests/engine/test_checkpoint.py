@@ -21,6 +21,7 @@ def make_trainer(seed: int, optimizer: str) -> Trainer:
     torch.manual_seed(seed)
     kinds = {"adamw": [], "sgd": ["optimizer.betas=none", "optimizer.momentum=0.9"]}
     kinds["lars"] = [*kinds["sgd"], "optimizer.trust=0.001"]
+    kinds["muon"] = ["optimizer.momentum=0.9", "optimizer.matrix_rate=4"]
     preset = load_preset("tiny-dino", [*SMALL, f"optimizer.kind={optimizer}", *kinds[optimizer]])
     return Trainer(preset.method(), preset.optimizer, Clock(2, 10), batch_size=4, seed=3, guarded=True)
 
@@ -32,7 +33,7 @@ def batches(count: int) -> list:
     return [Batch(torch.randn(2, 4, 3, 16, 16, generator=generator), None, torch.arange(4)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "muon"])
 def test_a_restored_trainer_resumes_bit_by_bit(optimizer: str) -> None:
     whole, first, second = make_trainer(0, optimizer), make_trainer(0, optimizer), make_trainer(9, optimizer)
     all_batches = batches(6)

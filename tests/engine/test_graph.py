@@ -19,7 +19,7 @@ from dinocli.data.views.masking import PatchMasks, deal
 from dinocli.engine import graph
 from dinocli.engine.graph import GraphTrainer
 from dinocli.engine.method import Method, ParamGroup
-from dinocli.engine.optim import AdamWConfig, LARSConfig, OptimizerConfig, SGDConfig
+from dinocli.engine.optim import AdamWConfig, LARSConfig, MuonConfig, OptimizerConfig, SGDConfig
 from dinocli.engine.schedules import Clock, Constant, Cosine
 from dinocli.engine.trainer import Trainer
 from dinocli.method.feature_distillation import Teacher
@@ -130,7 +130,10 @@ class Line(Method):
         return {"momentum": clock.value(MOMENTUM)}
 
     def param_groups(self) -> list[ParamGroup]:
-        return [ParamGroup([self.slope]), ParamGroup([self.shift], decay=False, lr_scale=0.5, frozen_epochs=1)]
+        return [
+            ParamGroup([self.slope], hidden=[True]),
+            ParamGroup([self.shift], decay=False, lr_scale=0.5, frozen_epochs=1),
+        ]
 
     def after_step(self, clock: Clock, done: Tensor) -> None:
         self.steps += 1
@@ -142,6 +145,7 @@ OPTIMIZERS: list[OptimizerConfig] = [
     AdamWConfig(kind="adamw", betas=(0.9, 0.999), **RATES),
     SGDConfig(kind="sgd", momentum=0.9, **RATES),
     LARSConfig(kind="lars", momentum=0.9, trust=0.1, **RATES),
+    MuonConfig(kind="muon", momentum=0.9, matrix_rate=2, betas=(0.9, 0.999), **RATES),
 ]
 
 

@@ -14,12 +14,15 @@ from dinocli.engine.optim import (
     ClipModules,
     LARSConfig,
     LinearRule,
+    MuonConfig,
     OptimizerConfig,
     SGDConfig,
     SqrtRule,
     clip_gradients,
     drop_frozen,
+    orthogonal,
     set_rates,
+    step_unless_skipped,
 )
 from dinocli.engine.schedules import Clock, Constant, Cosine
 
@@ -27,6 +30,7 @@ FLAT = Constant(kind="constant", value=0.0)
 LARS = LARSConfig(kind="lars", momentum=0.9, trust=0.001, lr=FLAT, weight_decay=FLAT)
 SGD = SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=FLAT)
 ADAMW = AdamWConfig(kind="adamw", betas=(0.9, 0.999), lr=FLAT, weight_decay=FLAT)
+MUON = MuonConfig(kind="muon", momentum=0.95, matrix_rate=2, betas=(0.9, 0.999), lr=FLAT, weight_decay=FLAT)
 
 
 def test_steps_of_lars_equal_the_originals(original) -> None:
@@ -86,6 +90,65 @@ def test_steps_equal_the_reference_implementation(config: OptimizerConfig, dtype
         optimizer.step()
         for p, reference in zip(parameters, expected, strict=True):
             assert_original(p.data, reference, f"step {step}")
+
+
+def muon_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return MUON.build([ParamGroup(parameters, hidden=[p.ndim == 2 and len(p) < 40 for p in parameters])])
+
+
+def drawn() -> list[nn.Parameter]:
+    """Two hidden matrices, one that is none, and a bias."""
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((24, 36), (36, 8), (40, 8), (24,))]
+
+
+def test_hidden_matrices_take_the_steps_of_torchs_muon_and_the_rest_those_of_adamw() -> None:
+    mine, theirs = drawn(), drawn()
+    optimizer = muon_of(mine)
+    muon = torch.optim.Muon(theirs[:2], adjust_lr_fn="match_rms_adamw", momentum=0.95, nesterov=True)
+    adamw = torch.optim.AdamW(theirs[2:], betas=(0.9, 0.999))
+    for step in range(4):
+        lr, decay = 0.01 * (step + 1), 0.05 * step
+        set_rates(optimizer, lr, decay)
+        for other, rate in ((muon, 2 * lr), (adamw, lr)):
+            other.param_groups[0].update(lr=rate, weight_decay=decay)
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for p, q in zip(mine, theirs, strict=True):
+        hidden = p.ndim == 2 and len(p) < 40
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3 if hidden else 1e-6)  # iterations in bfloat16
+        assert (p - q).square().mean() < 1e-6
+
+
+def test_muon_skips_a_step_and_continues_from_a_saved_state() -> None:
+    mine, again = drawn(), drawn()
+    first, second = muon_of(mine), muon_of(again)
+    for step in range(4):
+        gradients = [torch.randn(p.shape) for p in mine]
+        for parameters, optimizer in ((mine, first), (again, second)):
+            set_rates(optimizer, 0.01, 0.1)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient.clone()
+        before = [p.detach().clone() for p in mine]
+        step_unless_skipped(first, torch.tensor(step != 1))
+        if step != 1:  # a skipped step changes nothing: not even the momentum of the next ones
+            step_unless_skipped(second, torch.tensor(True))
+        else:
+            assert all(torch.equal(p, old) for p, old in zip(mine, before, strict=True))
+        assert all(p.grad is None for p in mine)
+        state = second.state_dict()
+        second = muon_of(again)
+        second.load_state_dict(state)
+    assert all(torch.equal(p, q) for p, q in zip(mine, again, strict=True))
+
+
+def test_orthogonal_brings_singular_values_near_one() -> None:
+    for shape in ((24, 36), (36, 24), (5, 5)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.5 and values.max() < 1.3, values
 
 
 def test_clipping_bounds_each_parameter_and_returns_the_total_norm() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinocli.engine.method import Method, ParamGroup
-from dinocli.engine.optim import AdamWConfig, LARSConfig, OptimizerConfig, SGDConfig
+from dinocli.engine.optim import AdamWConfig, LARSConfig, MuonConfig, OptimizerConfig, SGDConfig
 from dinocli.engine.schedules import Clock, Constant
 from dinocli.engine.trainer import Trainer
 
@@ -86,6 +86,7 @@ OPTIMIZERS = [
     SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=DECAY),
     AdamWConfig(kind="adamw", betas=(0.9, 0.999), lr=FLAT, weight_decay=DECAY),
     LARSConfig(kind="lars", momentum=0.9, trust=0.1, lr=FLAT, weight_decay=DECAY),
+    MuonConfig(kind="muon", momentum=0.9, matrix_rate=2, betas=(0.9, 0.999), lr=FLAT, weight_decay=DECAY),
 ]
 
 

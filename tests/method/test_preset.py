@@ -84,7 +84,7 @@ def test_overrides_are_toml_values_and_none_removes_a_key() -> None:
         ("optimizer.weight_decay=abc", "optimizer.weight_decay is a table", "optimizer.weight_decay.start=NUMBER"),
         ("optimizer=sgd", "optimizer is a table", "--set optimizer.kind=sgd"),
         ("views=3", "views is a table", "--set views.locals=3"),
-        ("optimizer.kind=adam", "optimizer.kind is 'adam'; expected 'adamw', 'sgd', 'lars'", "--set optimizer.kind=adamw"),
+        ("optimizer.kind=adam", "optimizer.kind is 'adam'; expected 'adamw', 'sgd', 'lars', 'muon'", "--set optimizer.kind=adamw"),
         ("optimizer.lr={start=0.1}", "optimizer.lr.kind is missing", "--set optimizer.lr.kind=cosine"),
         ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and this kind has no key start, end, warmup_epochs",
          "--set 'optimizer.lr={kind=\"constant\", value=VALUE}'"),
