@@ -13,7 +13,7 @@ from dinocli.cli.layout import OUTPUT
 from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.core.errors import DinoError
 
-_NEXT = "dino pretrain ./images --preset tiny"
+_NEXT = "dino pretrain ./images --preset tiny-muon"
 
 
 def demo(

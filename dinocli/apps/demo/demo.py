@@ -36,7 +36,7 @@ from dinocli.train.pretrain import pretrain
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.load import load_encoder, untrained_encoder
 
-PRESET = "tiny"
+PRESET = "tiny-muon"
 RECORD = "demo.json"  # settings and progress of the demo
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
@@ -103,7 +103,7 @@ def demo(
     steps: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Draw images, pretrain `tiny` on them without labels, extract features, classify them, and draw attention maps.
+    """Draw images, pretrain `tiny-muon` on them without labels, extract and classify features, and draw attention maps.
 
     If the folder holds an unfinished demo with the same settings, resume it.
 
