@@ -26,7 +26,6 @@ from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import AnyMethod
-from dinocli.models.attention_kernels import choose_kernels
 from dinocli.models.trained import train_only
 from dinocli.train.held_out import HeldOut
 from dinocli.train.interrupts import collect_on_request, stop_signals
@@ -230,6 +229,8 @@ def _trainer(
 
 def _choose_kernels(plan: Plan, method: AnyMethod, note: Callable[[str], None]) -> None:
     """Choose the kernels of attention for the sizes of a run's crops, and report them."""
+    from dinocli.models.attention_kernels import choose_kernels  # it needs timm, which takes a second to import
+
     images, crops = plan.images_each // plan.accumulate, []
     for views in plan.loaded_views.variants:
         crops.append((images * len(views.globals), views.global_1.size))

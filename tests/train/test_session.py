@@ -80,18 +80,18 @@ def test_an_out_of_memory_error_suggests_more_parts(plan: Plan, monkeypatch: pyt
 def test_out_of_memory_in_the_views_is_an_error_and_the_steps_before_are_saved(
     plan: Plan, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dinocli.data.loader import train
+    from dinocli.data.loader.train import TrainBatches
 
     made: list[int] = []
 
-    def full(*args: object, **options: object) -> torch.Tensor:
+    def full(*args: object) -> torch.Tensor:
         made.append(len(made))
         if len(made) > 2 * step:  # global and local views are made apart
             raise torch.OutOfMemoryError
-        return normalize(*args, **options)
+        return normalized(*args)
 
-    normalize = train.normalize_bytes
-    monkeypatch.setattr(train, "normalize_bytes", full)
+    normalized = TrainBatches._normalized
+    monkeypatch.setattr(TrainBatches, "_normalized", full)
     with pytest.raises(DinoError, match="too small for the views of a batch of 4") as error:
         pretrain(plan, lambda p: None)
     assert error.value.hint == "--batch-size 2"
