@@ -13,8 +13,6 @@ from dinocli.cli.layout import OUTPUT
 from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.core.errors import DinoError
 
-_NEXT = "dino pretrain ./images --preset tiny-muon"
-
 
 def demo(
     workers: Workers = None,
@@ -43,7 +41,7 @@ def demo(
     if not is_fresh(out) and not (out / "demo.json").exists():
         raise DinoError(f"{out} exists and holds no demo to resume", f"use --out {out}-2, or remove {out}")
 
-    from dinocli.apps.demo.demo import demo
+    from dinocli.apps.demo.demo import PRESET, demo
     from dinocli.core.device import default_workers, pick_device
 
     picked = pick_device(device)
@@ -56,16 +54,15 @@ def demo(
         raise
     if json:
         console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
-        console.saved([result.folder], _NEXT)
-        return
-    console.table(
-        ["features", "k-NN top-1 %", "linear top-1 %", "attention on the object (Jaccard)"],
-        [
-            [r.features, f"{r.knn:.1f}", f"{r.linear:.1f}", "" if r.overlap is None else f"{r.overlap:.3f}"]
-            for r in result.rows
-        ],
-        title=f"generated images of ten classes; chance is {result.chance:.0f} %, "
-        f"a mask of the whole image has Jaccard {result.everything:.3f}",
-    )
-    console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")
-    console.saved([result.folder], _NEXT)
+    else:
+        console.table(
+            ["features", "k-NN top-1 %", "linear top-1 %", "attention on the object (Jaccard)"],
+            [
+                [r.features, f"{r.knn:.1f}", f"{r.linear:.1f}", "" if r.overlap is None else f"{r.overlap:.3f}"]
+                for r in result.rows
+            ],
+            title=f"generated images of ten classes; chance is {result.chance:.0f} %, "
+            f"a mask of the whole image has Jaccard {result.everything:.3f}",
+        )
+        console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")
+    console.saved([result.folder], f"dino pretrain ./images --preset {PRESET}")

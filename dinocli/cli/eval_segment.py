@@ -177,27 +177,25 @@ def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int,
             encoder, data, out / "patches", short_side=side, epochs=epochs, seed=seed, report=report
         )
     path = out / HEAD
-    following = f"dino segment IMAGES --classifier {quote(str(path))}"
     write_head(path, head)
     console.skipped(result.skipped)
     if result.split_off:
         console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
     if json:
         console.out_json(asdict(result) | {"path": str(path)})
-        console.saved([path], following)
-        return
-    console.table(
-        ["class", "IoU %", f"IoU %, all {result.commonest}"],
-        [[name, f"{iou:.1f}", f"{result.baseline.iou[name]:.1f}"] for name, iou in result.head.iou.items()],
-        title=f"linear segmentation head on {encoder.source} at {side} pixels: {result.train_photos} training and "
-        f"{result.val_photos} validation photos",
-    )
-    console.table(
-        ["", "mIoU %", "pixels right %"],
-        [
-            ["head", f"{result.head.miou:.2f}", f"{result.head.accuracy:.2f}"],
-            [f"all {result.commonest}", f"{result.baseline.miou:.2f}", f"{result.baseline.accuracy:.2f}"],
-        ],
-    )
-    console.out(str(path))
-    console.saved([path], following)
+    else:
+        console.table(
+            ["class", "IoU %", f"IoU %, all {result.commonest}"],
+            [[name, f"{iou:.1f}", f"{result.baseline.iou[name]:.1f}"] for name, iou in result.head.iou.items()],
+            title=f"linear segmentation head on {encoder.source} at {side} pixels: {result.train_photos} training and "
+            f"{result.val_photos} validation photos",
+        )
+        console.table(
+            ["", "mIoU %", "pixels right %"],
+            [
+                ["head", f"{result.head.miou:.2f}", f"{result.head.accuracy:.2f}"],
+                [f"all {result.commonest}", f"{result.baseline.miou:.2f}", f"{result.baseline.accuracy:.2f}"],
+            ],
+        )
+        console.out(str(path))
+    console.saved([path], f"dino segment IMAGES --classifier {quote(str(path))}")

@@ -91,6 +91,13 @@ class _Optimizer(Config):
         """Return the learning rate's schedule for a batch size."""
         return self.lr.scaled(self.lr_rule.factor(batch)) if self.lr_rule else self.lr
 
+    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+        """Shrink the parameters of a group, as the step of AdamW or Muon would for a number on the host."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            factor = torch.where(done, 1 - group["lr"] * weight_decay, 1.0)
+            torch._foreach_mul_(parameters, factor.to(parameters[0].dtype))
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -108,17 +115,6 @@ class AdamWConfig(_Optimizer):
         return torch.optim.AdamW(
             _to_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
         )
-
-    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
-        """Shrink the parameters of a group, as the step of torch would for a number on the host."""
-        _shrink(group, weight_decay, done)
-
-
-def _shrink(group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
-    parameters = [p for p in group["params"] if p.grad is not None]
-    if parameters:
-        factor = torch.where(done, 1 - group["lr"] * weight_decay, 1.0)
-        torch._foreach_mul_(parameters, factor.to(parameters[0].dtype))
 
 
 class MuonConfig(_Optimizer):
@@ -145,21 +141,16 @@ class MuonConfig(_Optimizer):
         """
         if in_shards([p for group in groups for p in group.params]):
             raise DinoError("Muon does not support --parallel fsdp: its step needs whole matrices", _SHARDING_HINT)
-        parts: list[ParamGroup] = []
+        parts: list[dict[str, Any]] = []
         for group in groups:
             for hidden in (False, True):
                 which = [i for i in range(len(group.params)) if bool(group.hidden and group.hidden[i]) == hidden]
                 rate = group.lr_scale * (self.matrix_rate if hidden else 1)
                 modules = [group.modules[i] for i in which] if group.modules else []
-                part = [group.params[i] for i in which]
-                parts.append(ParamGroup(part, group.decay, rate, group.frozen_epochs, modules, [hidden] * len(part)))
-        parts = [part for part in parts if part.params]
-        named = [group | {"hidden": all(part.hidden)} for group, part in zip(_to_dicts(parts), parts, strict=True)]
-        return Muon(named, betas=self.betas, eps=self.eps, momentum=self.momentum)
-
-    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
-        """Shrink the parameters of a group, as the step would for a number on the host."""
-        _shrink(group, weight_decay, done)
+                parameters = [group.params[i] for i in which]
+                part = ParamGroup(parameters, group.decay, rate, group.frozen_epochs, modules)
+                parts += [made | {"hidden": hidden} for made in _to_dicts([part])]
+        return Muon(parts, betas=self.betas, eps=self.eps, momentum=self.momentum)
 
 
 _SHARDING_HINT = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"

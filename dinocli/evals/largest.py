@@ -73,7 +73,7 @@ class LargestCosines:
         step = max(1, _COSINE_BYTES // (4 * width))
         for start in range(0, len(queries.values), step):
             block = slice(start, start + step)
-            found = self._search(block, rows, rounded, error[block], members, width)
+            found = self._search(block, queries.values[block], rows, rounded, error[block], members, width)
             if found is None:
                 # The rows are too close together for bfloat16, and probably also to the other queries.
                 self._rounded = None
@@ -95,14 +95,19 @@ class LargestCosines:
         return cosines
 
     def _search(
-        self, block: slice, rows: Floats, rounded: Rounded, error: NDArray[np.float64], members: int, width: int
+        self,
+        block: slice,
+        queries: Tensor,
+        rows: Floats,
+        rounded: Rounded,
+        error: NDArray[np.float64],
+        members: int,
+        width: int,
     ) -> tuple[Floats, Indices] | None:
         """Return candidates for the k largest and their columns, padded with -inf and -1. [q, c] each
 
         None if too many cosines are within the error bound.
         """
-        assert self._rounded is not None
-        queries = self._rounded.values[block]
         cosines = self._multiply(queries, rounded.values, width)
         maxima = _maxima(cosines, members)
         least = self._threshold(block, maxima, error)

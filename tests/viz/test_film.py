@@ -78,7 +78,7 @@ def test_small_keeps_the_aspect_ratio_and_never_enlarges() -> None:
 def test_an_mp4_is_shown_in_its_colors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], codec: str
 ) -> None:
-    """It is the one that players assume: MPEG-4 Part 2 states none."""
+    """The color matrix is the one that players assume, because MPEG-4 Part 2 cannot state it."""
     av = pytest.importorskip("av")
     monkeypatch.setattr(av, "codecs_available", {codec})
     color = (180, 60, 90)
