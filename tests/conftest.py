@@ -107,6 +107,11 @@ def more() -> Original:
     return Original("dino_fixtures_micro")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slow tests: one that starts last would keep a single process busy while the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def tests_so_far() -> Iterator[int]:
     return itertools.count(1)

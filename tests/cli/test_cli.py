@@ -383,6 +383,7 @@ def test_outputs_in_the_image_folder_are_ignored_and_the_same_command_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.job
 def test_ctrl_c_to_the_process_group_saves_and_the_same_command_resumes(
     dino: Dino, tmp_path: Path, images: Path
 ) -> None:

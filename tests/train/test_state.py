@@ -335,6 +335,7 @@ CHANGES = {"os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir"}
 
 
 @pytest.mark.slow
+@pytest.mark.job
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(images: Path, tmp_path: Path) -> None:
     """A process that saves after each step is killed repeatedly, each time before another change of its files."""
     images.rename(tmp_path / "images")
