@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dinocli.core.device import send
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup, group_parameters
 from dinocli.engine.schedules import Clock, Schedule
@@ -73,7 +74,7 @@ class Classification(Method):
     def prepare(self, batch: Batch) -> LabelledPart:
         """Return a batch with its labels. Mix images and labels if mixup or CutMix is set."""
         crops = batch.global_crops
-        targets = self.loss.smooth(self.labels[batch.rows].to(crops.device))
+        targets = self.loss.smooth(send(self.labels[batch.rows], crops.device))
         if mix := self._draw_mix():
             mixed, targets = mix(crops[0], targets)
             batch = replace(batch, global_crops=mixed[None])

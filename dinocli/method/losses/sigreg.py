@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dinocli.core.config import Config
-from dinocli.core.device import exactly
+from dinocli.core.device import exactly, send
 from dinocli.core.distributed import size
 from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
@@ -46,7 +46,7 @@ class SigregLoss(WholeBatchLoss):
         """Draw the directions of a step, the same in all processes and parts, for features of size `width`."""
         generator = torch.Generator("cpu").manual_seed(clock.step)
         drawn = torch.randn(width, self.config.slices, generator=generator, device="cpu")
-        directions = (drawn / torch.linalg.vector_norm(drawn, dim=0)).to(device)
+        directions = send(drawn / torch.linalg.vector_norm(drawn, dim=0), device)
         # In place from the second step on, because a graph of the step reads a fixed address.
         self._directions = self._directions.copy_(directions) if self._directions.numel() else directions
 
