@@ -93,6 +93,8 @@ def test_a_step_has_so_many_operations() -> None:
 # Presets, changes and the most launches of a step on a GPU, for networks of 4 blocks: those of torch 2.14 and 2 % more.
 SMALL_VIT = "{img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=6}"
 SMALL_V2 = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false"]
+SMALL_SIM = [f"backbone.options={SMALL_VIT}", "views.locals=4", "heads.shared.hidden=96", "heads.shared.bottleneck=32"]
+SMALL_SIM += ["views.global_1.size=48", "views.global_2.size=48", "views.local.size=24"]
 LAUNCHES = {
     "dino": ("tiny-dino", [], 470),
     "dino, convolutional stem, KoLeo": ("tiny", [], 620),
@@ -103,6 +105,11 @@ LAUNCHES = {
     "drop path": ("tiny-dino", ["backbone.drop_path=0.1"], 495),
     "frozen teacher": ("tiny-dino", ["teacher.frozen=true"], 490),
     "features": ("distill-features", [f"backbone.options={SMALL_VIT}", "views.global_1.size=48"], 360),
+    "SimDINO": ("tiny-simdino", [], 480),
+    "SimDINO, patches": ("simdinov2-vitb16", SMALL_SIM, 750),
+    "SIGReg": ("tiny-dino", ["losses.sigreg={weight=0.02, slices=16}"], 520),
+    "labels": ("finetune", [f"backbone.options={SMALL_VIT}", "views.global_1.size=48", "losses.labels.classes=3"], 270),
+    "Muon": ("tiny-muon", [], 820),
 }
 
 
@@ -115,6 +122,8 @@ def trainer_of(preset: Preset) -> Trainer:
         grid = backbone.grid(side)
         assert grid is not None
         method: Any = preset.feature_method([Teacher(backbone, (0.5,) * 3, (0.3,) * 3, side, grid)])
+    elif preset.losses.labels:
+        method = preset.label_method(torch.arange(8) % preset.losses.labels.classes)
     else:
         method = preset.method(preset.network() if preset.teacher.frozen else None)
     return Trainer(method, preset.optimizer, Clock(10, 100, 500), batch_size=4, seed=0, guarded=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -275,38 +275,55 @@ class Muon(torch.optim.AdamW):
         """Update every parameter that has a gradient; skip the step if `found_inf` is 1, as torch's optimizers do."""
         skipped = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for p in group["params"] if group["hidden"] else ():
-                if p.grad is not None:
-                    self._move(p, p.grad, group, skipped)
+            matrices = [p for p in group["params"] if p.grad is not None] if group["hidden"] else []
+            for alike in _stackable(matrices):
+                self._move(alike, group, skipped)
+                for p in alike:
                     p.grad = None  # nothing is left for AdamW
         super().step()
 
-    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any], skipped: Tensor | None) -> None:
-        state = self.state[p]
-        if "momentum" not in state:
-            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
-            state["momentum"] = torch.zeros_like(p)
-        old = state["momentum"]
-        new = old.lerp(gradient, 1 - self._momentum)
-        update = orthogonal(gradient.lerp(new, self._momentum)) * (0.2 * max(p.shape) ** 0.5)
-        moved = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+    def _move(self, matrices: list[Tensor], group: dict[str, Any], skipped: Tensor | None) -> None:
+        """Update matrices of one shape."""
+        for p in matrices:
+            if "momentum" not in self.state[p]:
+                # AdamW looks for the step when a state is loaded.
+                self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+        momenta = [self.state[p]["momentum"] for p in matrices]
+        gradients, old, before = (torch.stack(each) for each in ([p.grad for p in matrices], momenta, matrices))
+        new = old.lerp(gradients, 1 - self._momentum)
+        update = orthogonal(gradients.lerp(new, self._momentum)) * (0.2 * max(before.shape[1:]) ** 0.5)
+        moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        if skipped is not None:
+            new, moved = torch.where(skipped > 0, old, new), torch.where(skipped > 0, before, moved)
         # In place, because a graph of the step writes to fixed addresses.
-        old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
-        p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
+        torch._foreach_copy_(momenta, list(new.unbind()))
+        torch._foreach_copy_(matrices, list(moved.unbind()))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Bring all singular values of a matrix near 1 by five Newton-Schulz iterations in bfloat16. [m, n] -> [m, n]
+_STACKED = 2**24  # numbers of matrices that are updated together, which bounds the memory of the copies
+
+
+def _stackable(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield lists of matrices of one shape, in as few launches as their copies' memory allows."""
+    for shape in dict.fromkeys(p.shape for p in matrices):
+        alike = [p for p in matrices if p.shape == shape]
+        count = max(1, _STACKED // shape.numel())
+        yield from (alike[i : i + count] for i in range(0, len(alike), count))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring all singular values of matrices near 1 by five Newton-Schulz iterations in bfloat16. [n, r, c] -> [n, r, c]
 
     Source: K. Jordan, Muon, 2024, with its coefficients.
     """
-    x = matrix.bfloat16()
-    x = x.T if x.shape[0] > x.shape[1] else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -7,6 +7,7 @@ import torch
 from conftest import PRECISIONS, assert_original
 from torch import Tensor, nn
 
+from dinocli.engine import optim
 from dinocli.engine.method import ParamGroup
 from dinocli.engine.optim import (
     AdamWConfig,
@@ -97,16 +98,16 @@ def muon_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def drawn() -> list[nn.Parameter]:
-    """Two hidden matrices, one that is none, and a bias."""
+    """Three hidden matrices, two of one shape, one that is none, and a bias."""
     torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(shape)) for shape in ((24, 36), (36, 8), (40, 8), (24,))]
+    return [nn.Parameter(torch.randn(shape)) for shape in ((24, 36), (36, 8), (24, 36), (40, 8), (24,))]
 
 
 def test_hidden_matrices_take_the_steps_of_torchs_muon_and_the_rest_those_of_adamw() -> None:
     mine, theirs = drawn(), drawn()
     optimizer = muon_of(mine)
-    muon = torch.optim.Muon(theirs[:2], adjust_lr_fn="match_rms_adamw", momentum=0.95, nesterov=True)
-    adamw = torch.optim.AdamW(theirs[2:], betas=(0.9, 0.999))
+    muon = torch.optim.Muon(theirs[:3], adjust_lr_fn="match_rms_adamw", momentum=0.95, nesterov=True)
+    adamw = torch.optim.AdamW(theirs[3:], betas=(0.9, 0.999))
     for step in range(4):
         lr, decay = 0.01 * (step + 1), 0.05 * step
         set_rates(optimizer, lr, decay)
@@ -121,6 +122,21 @@ def test_hidden_matrices_take_the_steps_of_torchs_muon_and_the_rest_those_of_ada
         hidden = p.ndim == 2 and len(p) < 40
         torch.testing.assert_close(p, q, rtol=0, atol=5e-3 if hidden else 1e-6)  # iterations in bfloat16
         assert (p - q).square().mean() < 1e-6
+
+
+def test_the_memory_of_muons_copies_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, again = drawn(), drawn()
+    for parameters, most in ((mine, 2 * 24 * 36), (again, 100)):
+        monkeypatch.setattr(optim, "_STACKED", most)
+        lists = list(optim._stackable(parameters[:3]))
+        assert [len(alike) for alike in lists] == ([2, 1] if parameters is mine else [1, 1, 1])
+        optimizer = muon_of(parameters)
+        set_rates(optimizer, 0.01, 0.1)
+        for p in parameters:
+            p.grad = p.detach().clone()
+        optimizer.step()
+    for p, q in zip(mine, again, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)  # iterations in bfloat16
 
 
 def test_muon_skips_a_step_and_continues_from_a_saved_state() -> None:
@@ -147,7 +163,7 @@ def test_muon_skips_a_step_and_continues_from_a_saved_state() -> None:
 
 def test_orthogonal_brings_singular_values_near_one() -> None:
     for shape in ((24, 36), (36, 24), (5, 5)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        values = torch.linalg.svdvals(orthogonal(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))))
         assert values.min() > 0.5 and values.max() < 1.3, values
 
 
