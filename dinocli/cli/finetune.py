@@ -125,7 +125,7 @@ def finetune(
     log: Trackers = None,
     accumulate: Accumulate = 1,
     recompute: Recompute = False,
-    graph: Graph = False,
+    graph: Graph = None,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: DryRun = False,

@@ -150,7 +150,7 @@ def pretrain(
             help="Decode JPEGs in the workers, or on the GPU, which then cuts their crops too.", rich_help_panel=SPEED
         ),
     ] = "cpu",
-    graph: Graph = False,
+    graph: Graph = None,
     cache: Annotated[
         str | None,
         typer.Option(

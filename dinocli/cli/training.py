@@ -69,10 +69,11 @@ Recompute = Annotated[
     ),
 ]
 Graph = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--graph/--no-graph",
-        help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. Not yet tested on a GPU.",
+        help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. On by default on CUDA, in "
+        "one process without --accumulate and --recompute.",
         rich_help_panel=SPEED,
     ),
 ]
@@ -205,9 +206,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     free, _ = memory_of(plan.device)
     fits = cost.fits(free)
     less = (
-        None
-        if fits
-        else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1, graph=False)), free)
+        None if fits else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1, graph=None)), free)
     )
     networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
     steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"

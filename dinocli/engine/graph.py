@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from dinocli.engine.fused import FusedAdamW
 
 _PLAIN_STEPS = 3  # of each form before its capture: they create moments and caches, and compile kernels
+# Largest difference between a graph's first step and the plain one: of loss and norm, and of the movement of all
+# values. Adam turns rounding into whole steps of the few values without a gradient, such as biases of keys.
+_NEAR_VALUES, _NEAR_MOVES = 0.01, 0.1
 _MOST_GRAPHS = 8  # steps of further forms, such as rare crop sizes, stay plain
 _MOST_SCHEDULES = 64
 
@@ -77,14 +81,18 @@ class GraphTrainer(Trainer):
     these operators is the form of a step: whether it is logged, which groups are frozen, `Method.form`, and the shapes
     of the batch. Each form has its own graph, and all share memory. The first steps of a form are plain.
 
+    A new graph must first repeat a plain step: both start from the same state, and the state of the plain one stays. A
+    graph that moves the weights elsewhere is not used, nor is any other.
+
     Random draws are those of plain steps: a graph starts at the seed and the offset of torch's generator when it is
     replayed, and the trainer sets its seed before every step.
 
     The values that a step returns are overwritten by the next one of its form.
 
     Args:
-        arguments: Arguments of `Trainer`, for one process and one part per batch.
-        note: Callback that receives one line if steps cannot be captured. Training then continues with plain steps.
+        arguments: Arguments of `Trainer`, for one process and one part per batch, with a seed.
+        note: Callback that receives one line if steps cannot be captured, a graph takes another step, or the memory is
+            too small for graphs. Training then continues with plain steps.
         options: Further arguments of `Trainer`.
 
     Attributes:
@@ -101,6 +109,7 @@ class GraphTrainer(Trainer):
         self._batches: dict[Hashable, Any] = {}  # that graphs read, by their shapes
         self._plain_steps: Counter[Hashable] = Counter()
         self._failed = False
+        self._plainly = False  # True in steps without anything of this class
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # only checked: torch's fused steps always keep their counts on the device
         self.fused = self._fuse()
@@ -112,20 +121,32 @@ class GraphTrainer(Trainer):
         self._numbers.set(clock)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
         form = log, self._list_frozen(clock), self.method.form(clock), shapes
-        captured = self._graphs.get(form)
-        if captured is None and self._is_due(form):
-            captured = self._capture(form, shapes, batch, clock, log=log)
-            if captured is None:
-                return super()._run(batch, self.clock, log=log)
-        if captured is None:
-            return self._run_beside(batch, clock, log=log)
-        for own, new in zip(_tensors(captured.batch), _tensors(batch), strict=True):
-            own.copy_(new, non_blocking=True)
-        captured.graph.replay()
-        return dict(captured.values)
+        if captured := self._graphs.get(form):
+            return _replay(captured, batch)
+        if self._is_due(form):
+            return self._begin(form, shapes, batch, clock, log=log)
+        return self._run_beside(batch, clock, log=log)
+
+    def _begin(self, form: Hashable, shapes: Hashable, batch: Any, clock: Clock, *, log: bool) -> Values:
+        """Capture a form, take a plain step, and keep the graph if it takes the same step from the same state."""
+        if not self._capture(form, shapes, batch, clock, log=log):
+            return super()._run(batch, self.clock, log=log)
+        before = self._copy_state()
+        by_graph = _read(_replay(self._graphs[form], batch)), self._copy_state()
+        for tensor, old in zip(self._state(), before, strict=True):
+            tensor.copy_(old)
+        self._seed_draws()
+        self._plainly = True
+        try:
+            values = self._with_enough_memory(lambda: Trainer._run(self, batch, self.clock, log=log), batch, log=log)
+        finally:
+            self._plainly = self._failed
+        if not self._failed and (fault := _compare(by_graph, (_read(values), self._copy_state()), before)):
+            self._give_up(f"a CUDA graph does not take the step that it replaces ({fault})")
+        return values
 
     def _clip(self) -> Tensor:
-        return self.fused.clip() if self.fused and not self._failed else super()._clip()
+        return self.fused.clip() if self.fused and not self._plainly else super()._clip()
 
     def _update(self, clock: Clock, done: Tensor) -> None:
         if not isinstance(clock, DeviceClock):
@@ -164,35 +185,100 @@ class GraphTrainer(Trainer):
 
     def _run_beside(self, batch: Any, clock: Clock, *, log: bool) -> Values:
         """Run a plain step on the stream of the captures, as torch asks for before a capture."""
+
+        def run() -> Values:
+            with torch.cuda.stream(self._stream):
+                return Trainer._run(self, batch, clock, log=log)
+
         main = torch.cuda.current_stream(self.skipped.device)
         self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            values = super()._run(batch, clock, log=log)
+        values = self._with_enough_memory(run, batch, log=log)
         main.wait_stream(self._stream)
         return values
 
-    def _capture(self, form: Hashable, shapes: Hashable, batch: Any, clock: Clock, *, log: bool) -> _Captured | None:
-        """Capture a step of a form without running it; return None if CUDA refuses."""
+    def _with_enough_memory(self, run: Callable[[], Values], batch: Any, *, log: bool) -> Values:
+        """Run a plain step; if the memory is too small for it beside graphs, free these and run it again."""
+        buffers = [buffer.clone() for buffer in self.method.buffers()]
+        try:
+            return run()
+        except torch.OutOfMemoryError:  # of activations and gradients: no parameter has changed yet
+            if not self._graphs:
+                raise
+            for buffer, old in zip(self.method.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+            self._give_up("the memory is too small for CUDA graphs beside other steps")
+        return Trainer._run(self, batch, self.clock, log=log)
+
+    def _capture(self, form: Hashable, shapes: Hashable, batch: Any, clock: Clock, *, log: bool) -> bool:
+        """Capture a step of a form without running it; return False if CUDA refuses."""
         if shapes not in self._batches:
             self._batches[shapes] = _map_tensors(torch.clone, batch)
         own, graph = self._batches[shapes], torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(self.skipped.device)
         try:
             # Other threads may allocate memory meanwhile, such as one that copies batches to the device.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 values = super()._run(own, clock, log=log)
         except RuntimeError as error:
-            self._failed = True
-            self._graphs.clear()
-            self._batches.clear()
-            self.optimizer.zero_grad(set_to_none=True)
-            self._seed_draws()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._note(f"note: this step cannot be captured as a CUDA graph; training with plain steps: {reason}")
-            return None
+            torch.cuda.set_stream(main)  # torch leaves the stream of the capture in place if its end fails too
+            self._give_up(f"this step cannot be captured as a CUDA graph ({_first_line(error.__context__ or error)})")
+            return False
         if self.fused:
             self.fused.fill()
         self._graphs[form] = _Captured(graph, own, values)
-        return self._graphs[form]
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        """Free all graphs, and train with plain steps from now on."""
+        self._failed = self._plainly = True
+        self._graphs.clear()
+        self._batches.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._seed_draws()
+        self._note(f"note: {reason}; training with plain steps")
+
+    def _copy_state(self) -> list[Tensor]:
+        """Copy the state to the host, where there is more room."""
+        return [tensor.to("cpu", copy=True) for tensor in self._state()]
+
+    def _state(self) -> list[Tensor]:
+        """Return all tensors that a step may change."""
+        moments = (value for slots in self.optimizer.state.values() for value in slots.values())
+        scale = (self.scale.factor, self.scale.streak) if self.scale else ()
+        found = [*self.method.parameters(), *self.method.buffers(), *moments, *scale, self.skipped]
+        return [tensor.detach() for tensor in found if isinstance(tensor, Tensor)]
+
+
+def _replay(captured: _Captured, batch: Any) -> Values:
+    for own, new in zip(_tensors(captured.batch), _tensors(batch), strict=True):
+        own.copy_(new, non_blocking=True)
+    captured.graph.replay()
+    return dict(captured.values)
+
+
+def _read(values: Values) -> dict[str, float]:
+    return {name: float(values[name]) for name in ("loss", "grad_norm")}
+
+
+_Step = tuple[dict[str, float], list[Tensor]]  # values that a step returned, and the state after it
+
+
+def _compare(by_graph: _Step, plain: _Step, before: list[Tensor]) -> str:
+    """Return what differs between two steps from one state; nothing if they are the same up to rounding."""
+    for name, value in plain[0].items():
+        if not math.isclose(by_graph[0][name], value, rel_tol=_NEAR_VALUES) and math.isfinite(value):
+            return f"{name} {by_graph[0][name]:.6g} instead of {value:.6g}"
+    apart = moved = 0.0
+    for one, other, old in zip(by_graph[1], plain[1], before, strict=True):
+        apart += float((one.double() - other.double()).square().sum())
+        moved += float((other.double() - old.double()).square().sum())
+    if not apart <= _NEAR_MOVES**2 * moved:
+        return f"{math.sqrt(apart):.3g} away, where the step is {math.sqrt(moved):.3g} long"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:

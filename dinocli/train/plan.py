@@ -93,7 +93,7 @@ class Plan:
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
         compiled: If True, compile the transformer blocks and the augmentation.
         recompute: If True, use activation checkpointing for the student's blocks, to save memory.
-        graph: If True, capture steps as CUDA graphs.
+        graph: True to capture steps as CUDA graphs. If None, they are captured wherever a run fits them.
 
     Raises:
         DinoError: If `graph` does not fit the device or other settings, the batch cannot be split evenly over the
@@ -130,7 +130,7 @@ class Plan:
     held_out: Labelled | None = None
     patience: int | None = None
     initial: Weights | None = field(default=None, compare=False, repr=False)
-    graph: bool = False
+    graph: bool | None = None
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -186,6 +186,13 @@ class Plan:
             raise DinoError(
                 "--graph cannot capture activation checkpointing", "use only one of --graph and --recompute"
             )
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs."""
+        if self.graph is None:
+            return self.device.type == "cuda" and size() == 1 and self.accumulate == 1 and not self.recompute
+        return self.graph
 
     @property
     def images_each(self) -> int:

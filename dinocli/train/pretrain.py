@@ -201,16 +201,16 @@ def _trainer(
         prepare_teachers(plan, method, note, resumed=saved is not None, stop=stop)
     if plan.device.type == "cuda":
         _choose_kernels(plan, method, note)
-    if plan.graph:
+    if plan.captures:
         torch.cuda.set_device(plan.device.index or 0)  # captures and Triton's kernels run on the current device
-    make = partial(GraphTrainer, note=note) if plan.graph else Trainer
+    make = partial(GraphTrainer, note=note) if plan.captures else Trainer
     trainer = make(
         method,
         preset.optimizer,
         replace(plan.clock, step=saved.state.step if saved else 0),
         batch_size=preset.training.batch_size,
         accumulate=plan.accumulate,
-        precision=autocast(plan.device, plan.precision, cached=not plan.graph),
+        precision=autocast(plan.device, plan.precision, cached=not plan.captures),
         seed=preset.training.seed,
         guarded=True,
         scale=LossScale(plan.device) if plan.precision == "float16" else None,

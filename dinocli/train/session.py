@@ -134,7 +134,11 @@ class Session:
         """Return the error for a lack of memory in what was being done, with what lessens the memory of that."""
         plan, fewer = self.plan, f"--batch-size {max(1, self.plan.preset.training.batch_size // 2)}"
         if self._during == "evaluation":
-            optional = {"no --monitor": plan.monitor, "--no-report": plan.report and not plan.keep_best}
+            optional = {
+                "--no-graph": plan.captures,
+                "no --monitor": plan.monitor,
+                "--no-report": plan.report and not plan.keep_best,
+            }
             without = " and ".join(option for option, used in optional.items() if used)
             return DinoError(
                 "the device's memory is too small for an evaluation beside the networks in training",
@@ -142,7 +146,8 @@ class Session:
             )
         each, parts = plan.images_each, plan.accumulate
         if self._during == "views":  # of the whole batch at once
-            return DinoError(f"the device's memory is too small for the views of a batch of {each}", fewer)
+            graphs = "--no-graph or " if plan.captures else ""
+            return DinoError(f"the device's memory is too small for the views of a batch of {each}", graphs + fewer)
         same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
         if not plan.recompute and self.network.blocks:
             same.append("--recompute")

@@ -88,6 +88,8 @@ def capture(recording: Recording, **options: Any) -> Iterator[None]:
     try:
         with Recorder(recording) as recorder:
             yield
+    except RuntimeError:
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 (as CUDA does)
     finally:
         for tensor, old in recorder.before.values():
             tensor.copy_(old)
@@ -110,6 +112,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
 
@@ -175,7 +178,7 @@ def test_graphs_take_the_steps_of_plain_training(config: OptimizerConfig, monkey
 
 
 def test_values_on_the_device_are_exact() -> None:
-    trainer = GraphTrainer(Line(), OPTIMIZERS[0], Clock(4, 3), batch_size=8)
+    trainer = GraphTrainer(Line(), OPTIMIZERS[0], Clock(4, 3), batch_size=8, seed=0)
     for step in range(9):
         momentum = trainer.step(rows(step), log=True)["momentum"]
         assert float(momentum) == MOMENTUM.at(Clock(4, 3, step))
@@ -193,15 +196,75 @@ def test_training_continues_with_plain_steps_if_a_capture_fails() -> None:
         values = [t.step(rows(step)) for t in (plain, trainer)]
         assert float(values[1]["loss"]) == pytest.approx(float(values[0]["loss"]), rel=1e-5)
     (line,) = lines
-    assert line.endswith("training with plain steps: operation not permitted when stream is capturing")
+    assert line == (
+        "note: this step cannot be captured as a CUDA graph (operation not permitted when stream is capturing); "
+        "training with plain steps"
+    )
     torch.testing.assert_close(trainer.method.slope, plain.method.slope, rtol=1e-4, atol=1e-6)
     assert trainer.method.steps.item() == 8
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: c.kind)
+def test_a_graph_that_takes_another_step_is_not_used(config: OptimizerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, lines = Recording.replay, list[str]()
+
+    def wrongly(recording: Recording) -> None:
+        replay(recording)
+        trainer.method.slope.data += 0.1
+
+    monkeypatch.setattr(Recording, "replay", wrongly)
+    plain = Trainer(Line(), config, Clock(4, 3), batch_size=8, seed=0, guarded=True)
+    trainer = GraphTrainer(Line(), config, Clock(4, 3), batch_size=8, seed=0, guarded=True, note=lines.append)
+    for step in range(8):
+        values = [t.step(rows(step)) for t in (plain, trainer)]
+        assert float(values[1]["loss"]) == pytest.approx(float(values[0]["loss"]), rel=1e-5)
+    (line,) = lines
+    assert line.startswith("note: a CUDA graph does not take the step that it replaces (")
+    torch.testing.assert_close(trainer.method.slope, plain.method.slope, rtol=1e-4, atol=1e-6)
+    assert not trainer._graphs
+
+
+def test_a_graph_with_another_loss_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, lines = Recording.replay, list[str]()
+
+    def wrongly(recording: Recording) -> None:
+        replay(recording)
+        for captured in trainer._graphs.values():
+            captured.values["loss"] += 1
+
+    monkeypatch.setattr(Recording, "replay", wrongly)
+    trainer = GraphTrainer(Line(), OPTIMIZERS[0], Clock(4, 3), batch_size=8, seed=0, note=lines.append)
+    for step in range(5):
+        trainer.step(rows(step))
+    (line,) = lines
+    assert "(loss " in line and line.endswith("training with plain steps")
+
+
+@pytest.mark.parametrize("logged", [True, False], ids=["another form", "the check of a graph"])
+def test_graphs_are_freed_if_a_plain_step_needs_their_memory(logged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Line):
+        def forward(self, part: Tensor) -> dict[str, Tensor]:
+            self.steps += 10  # as BatchNorm changes its statistics in a forward pass
+            if trainer._graphs and (logging or not logged) and not torch._C._len_torch_dispatch_stack():
+                raise torch.OutOfMemoryError
+            return super().forward(part)
+
+    lines: list[str] = []
+    plain = Trainer(Line(), OPTIMIZERS[0], Clock(4, 3), batch_size=8, seed=0)
+    trainer = GraphTrainer(Large(), OPTIMIZERS[0], Clock(4, 3), batch_size=8, seed=0, note=lines.append)
+    for step in range(8):
+        logging = step == 6
+        values = [t.step(rows(step), log=logging) for t in (plain, trainer)]
+        assert float(values[1]["loss"]) == pytest.approx(float(values[0]["loss"]), rel=1e-5)
+    assert lines == ["note: the memory is too small for CUDA graphs beside other steps; training with plain steps"]
+    torch.testing.assert_close(trainer.method.slope, plain.method.slope, rtol=1e-4, atol=1e-6)
+    assert trainer.method.steps.item() == 8 * 11
 
 
 def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_PLAIN_STEPS", 1)
     monkeypatch.setattr(graph, "_MOST_GRAPHS", 2)
-    trainer = GraphTrainer(Line(), OPTIMIZERS[0], Clock(100, 3), batch_size=8)
+    trainer = GraphTrainer(Line(), OPTIMIZERS[0], Clock(100, 3), batch_size=8, seed=0)
     for step in range(12):
         assert trainer.step(rows(step, 5 + step % 4))["loss"].isfinite()
     assert [captured.graph.replays for captured in trainer._graphs.values()] == [2, 2]
@@ -366,6 +429,23 @@ def test_cuda_graphs_take_the_steps_of_plain_training(name: str) -> None:
         assert not lines
         assert (trainers[1].fused is None) == (dtype == torch.float64)
         assert len(trainers[1]._graphs) >= 2
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_stream_and_says_why() -> None:
+    class Waits(Line):
+        def after_step(self, clock: Clock, done: Tensor) -> None:
+            self.steps += float(done)
+
+    lines: list[str] = []
+    main = torch.cuda.current_stream()
+    trainer = GraphTrainer(Waits().cuda(), OPTIMIZERS[0], Clock(4, 3), batch_size=8, seed=0, note=lines.append)
+    for step in range(6):
+        assert trainer.step(rows(step).cuda())["loss"].isfinite()
+    assert torch.cuda.current_stream() == main
+    (line,) = lines
+    assert "cannot be captured" in line and "previous error" not in line
+    assert trainer.method.steps.item() == 6
 
 
 def test_a_constant_needs_no_place_of_its_own_for_each_step() -> None:

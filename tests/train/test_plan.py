@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -308,7 +309,17 @@ def test_graphs_need_cuda_and_whole_batches(tmp_path: Path, device: torch.device
     with pytest.raises(DinoError, match=re.escape(words)) as error:
         replace(whole, device=device, graph=True, **options)
     assert error.value.hint
-    assert replace(whole, device=torch.device("cuda"), graph=True).graph
+    assert replace(whole, device=torch.device("cuda"), graph=True).captures
+
+
+def test_a_run_on_cuda_is_captured_by_default_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan(write_images(tmp_path, 8, size=8), "training.batch_size=4")
+    on_cuda = replace(whole, device=torch.device("cuda"))
+    assert on_cuda.captures and not whole.captures
+    others: list[dict[str, Any]] = [{"accumulate": 2}, {"recompute": True}, {"graph": False}]
+    assert not any(replace(on_cuda, **changes).captures for changes in others)
+    monkeypatch.setattr("dinocli.train.plan.size", lambda: 2)
+    assert not on_cuda.captures
 
 
 def test_graphs_need_a_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
