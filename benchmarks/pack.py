@@ -2,9 +2,10 @@
 
     python benchmarks/pack.py PHOTOS [--images 256] [--rounds 12] [--sides 448 320 256]
 
-Measured are the crops of 2x224 + 8x96 views, in this process and one thread; color is the main process's part. The
-variants run in turn, round after round, and the ratios are of one round, because other load changes both sides equally.
-The cache is filled, and the packed files are read, before the first round.
+Measured are the crops of 2x224 + 8x96 views, in this process and one thread. A worker of a run on a GPU does no
+more; one of a run on a CPU also makes the views from the crops, in bytes, which the last column includes. The variants
+run in turn, round after round, and the ratios are of one round, because other load changes both sides equally. The
+cache is filled, and the packed files are read, before the first round.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ from dinocli.data.sources.open import Images, open_images
 from dinocli.method.preset import load_preset
 
 BATCH = 32
+DEVICES = ("meta", "cpu")
 
 
-def reader(source: Images, cache: str | None = None) -> Callable[[int], float]:
-    """Return a function that cuts the views of some batches, and returns its processor seconds per image."""
+def reader(source: Images, cache: str | None = None, *, device: str) -> Callable[[int], float]:
+    """Return a function that does a worker's part of some batches, and returns its processor seconds per image.
+
+    Args:
+        source: Images to read.
+        cache: Cache of decoded images.
+        device: `cpu` for crops and views. `meta` for crops alone: for every other device, views are made there.
+    """
     preset = load_preset("vits16", ["views.locals=8"])
     batches = TrainBatches(
-        source, preset.views, batch_size=BATCH, seed=0, images=preset.images, device=torch.device("cpu"), cache=cache
+        source, preset.views, batch_size=BATCH, seed=0, images=preset.images, device=torch.device(device), cache=cache
     )
     slots = iter(batches._ring)
 
@@ -61,22 +69,26 @@ def main() -> None:
     torch.set_num_threads(1)
     source = open_images(chosen.photos)
     with tempfile.TemporaryDirectory() as scratch:
-        variants = {"files": reader(source), "--cache ram": reader(source, "ram")}
-        sizes = dict.fromkeys(variants, 0.0)
+        sources: dict[str, tuple[Images, str | None]] = {"files": (source, None), "--cache ram": (source, "ram")}
+        sizes = dict.fromkeys(sources, 0.0)
         for side in chosen.sides:
             name = f"--pixels --short-side {side}"
             sizes[name] = pack(source, Path(scratch) / str(side), side=side, pixels=True).bytes / len(source)
-            variants[name] = reader(open_images(f"{scratch}/{side}"))
+            sources[name] = open_images(f"{scratch}/{side}"), None
+        variants = {
+            (name, device): reader(*from_, device=device) for name, from_ in sources.items() for device in DEVICES
+        }
         for take in variants.values():
             take(max(1, len(source) // BATCH))
         batches = max(1, chosen.images // BATCH)
-        rounds = [{name: take(batches) for name, take in variants.items()} for _ in range(chosen.rounds)]
-    table = Table("variant", "ms per image", "relative to files", "MB per image")
-    for name in variants:
-        ratios = sorted(each[name] / each["files"] for each in rounds)
+        rounds = [{variant: take(batches) for variant, take in variants.items()} for _ in range(chosen.rounds)]
+    table = Table("variant", "crops, ms per image", "relative to files", "MB per image", "crops and views, ms")
+    for name in sources:
+        ratios = sorted(each[name, "meta"] / each["files", "meta"] for each in rounds)
         spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
         size = f"{sizes[name] / 1e6:.2f}" if sizes[name] else ""
-        table.add_row(name, f"{1000 * statistics.median(each[name] for each in rounds):.2f}", spread, size)
+        crops, views = (f"{1000 * statistics.median(each[name, device] for each in rounds):.2f}" for device in DEVICES)
+        table.add_row(name, crops, spread, size, views)
     Console(width=120).print(table)
 
 

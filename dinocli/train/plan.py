@@ -189,7 +189,7 @@ class Plan:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured as CUDA graphs."""
+        """True if steps are captured as CUDA graphs."""
         if self.graph is None:
             return self.device.type == "cuda" and size() == 1 and self.accumulate == 1 and not self.recompute
         return self.graph
