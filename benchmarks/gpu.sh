@@ -99,13 +99,13 @@ if [ "$device" = cpu ]; then
     small=(--batch-size 4 "${tiny[@]}") large=(--batch-size 8 "${tiny[@]}") base=(--batch-size 4 "${tiny[@]}")
     kernels=(--way float32 "${small[@]:0:${#small[@]}-2}")
     packed=(--images 2 --rounds 2) count=48 side=64 data=(--images 16 --rounds 1)
-    extract=(--images 16 --batch-size 8 --rounds 1 --rows 0) knn=(--voters 2000 --queries 200 --rounds 1)
+    extract=(--images 16 --batch-size 8 --rounds 1 --rows 0) knn=(--device cpu --voters 2000 --queries 200 --rounds 1)
     parts=(--tiny --batch-size 4) theirs=original ways=(float32) slack=10 # CPUs may emulate bfloat16
 else
     small=(--batch-size 64) large=(--batch-size 256) base=(--preset vitb16 --set views.locals=8 --batch-size 128)
     kernels=(--batch-size 256)
     packed=(--images 64) count=512 side=384 data=(--images 128 --rounds 3)
-    extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads "$(nproc)" --rounds 2)
+    extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--device cuda --threads "$(nproc)" --rounds 2)
     parts=(--batch-size 128) theirs=original-bf16 ways=(bfloat16 compiled) slack=1
 fi
 house="pydantic timm torchvision safetensors rich PIL numpy"
@@ -191,7 +191,9 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
     if cosines.min() < 0.99:
         sys.exit(f"{path.stem}: the features differ, so the device has read other images")
 END
-    "${dino[@]}" knn --features "$scratch/on-$device-first" --k 5
+    for where in "$device" cpu; do # the scores of both are the same
+        "${dino[@]}" knn --features "$scratch/on-$device-first" --k 5 --device "$where"
+    done
     if [ "$device" != cpu ]; then # compiled views, and JPEGs decoded on the device; the last note has the share of these
         decoded=(--device "$device" --batch-size 16 --compile --workers 2 --decode gpu)
         "${dino[@]}" pretrain "$train" --preset tiny "${decoded[@]}" --steps 10 --no-report --out "$scratch/decoded"

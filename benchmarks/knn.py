@@ -1,6 +1,7 @@
 """Seconds for k-NN classification with four values of k: the original's implementation and dinocli's.
 
     python benchmarks/knn.py [--voters 50000] [--queries 10000] [--width 384] [--threads 1 2] [--rounds 5] [--search]
+                            [--device cuda]
 
 The original searches again for each k, in chunks of a hundredth of the queries. It is reimplemented below: a matrix
 product, top-k, gathered labels, a weighted sum of one-hot vectors, and a sort of all classes. The features are random
@@ -8,7 +9,8 @@ unit vectors around one center per class. Both implementations have them in memo
 as always. "faiss" is one exact search for the largest k with an IndexFlatIP, without votes; "search" is dinocli's, and
 "search, float32" the same where bfloat16 is slow. All run in turn, round after round. The table shows the median of
 the rounds, the ratio within each round by wall time and by processor time, and the peak memory above that of the
-features. --search leaves out the two with votes; then the ratios are to faiss.
+features. --search leaves out those with votes; then the ratios are to faiss. --device adds dinocli's search on that
+device, with and without votes; copying the features to it counts as part of both.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dinocli.core.device import pick_device
 from dinocli.evals import nearest as module
+from dinocli.evals.device_search import DeviceSearch
 from dinocli.evals.knn import knn
 from dinocli.evals.nearest import nearest
 from dinocli.features.store import Features, Provenance
@@ -92,6 +96,12 @@ def search_in_float32(train: Features, test: Features, k: int) -> list[float]:
         return search_by_dinocli(train, test, k)
 
 
+def search_on(device: torch.device, train: Features, test: Features, k: int) -> list[float]:
+    """Search once on a device, without votes."""
+    DeviceSearch(train.values, device).search(np.asarray(test.values), k)
+    return []
+
+
 class Cost(NamedTuple):
     """Cost of an implementation, and its top-1 in percent for each k."""
 
@@ -127,6 +137,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--device")
     chosen = parser.parse_args()
     train, test = drawn(chosen.voters, chosen.width, 0), drawn(chosen.queries, chosen.width, 1)
     tensors = [torch.from_numpy(np.asarray(x)) for f in (train, test) for x in (f.values, f.labels)]
@@ -137,8 +148,18 @@ def main() -> None:
         "search": lambda: search_by_dinocli(train, test, max(chosen.k)),
         "search, float32": lambda: search_in_float32(train, test, max(chosen.k)),
     }
+    with_votes = ["the original", "this"]
+    if chosen.device:
+        device = pick_device(chosen.device)
+        ways[f"this on {device}"] = lambda: [
+            score.top1
+            for score in knn(train, test, chosen.k, TEMPERATURE, DeviceSearch(train.values, device).search).scores
+        ]
+        ways[f"search on {device}"] = lambda: search_on(device, train, test, max(chosen.k))
+        with_votes.append(f"this on {device}")
+        ways[f"search on {device}"]()  # loads the device's libraries
     if chosen.search:
-        ways = {name: way for name, way in ways.items() if name not in ("the original", "this")}
+        ways = {name: way for name, way in ways.items() if name not in with_votes}
     base = next(iter(ways))
     table = Table(
         "threads", "way", "seconds", "processor s", f"times {base}", "by processor time", "MB above", "top-1 %",

@@ -22,12 +22,12 @@ from dinocli.cli.learned import (
     print_class_accuracies,
     save_predictions,
 )
-from dinocli.cli.options import FeatureFolder, Json, Temperature, features_or_newest
+from dinocli.cli.options import Device, FeatureFolder, Json, Temperature, features_or_newest
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.search.index import Index
-    from dinocli.evals.knn import KnnResult
+    from dinocli.evals.knn import KnnResult, Search
     from dinocli.features.store import Features
 
 
@@ -51,6 +51,7 @@ def knn(
             rich_help_panel=METHOD,
         ),
     ] = "exact",
+    device: Device = "auto",
     predictions: PredictionsFile = None,
     save: Save = False,
     out: ClassifierFile = CLASSIFIER,
@@ -64,6 +65,8 @@ def knn(
         dino knn --save --predictions predictions.csv
         dino knn --index ivf
     """
+    if index == "ivf" and device not in ("auto", "cpu"):
+        raise DinoError(f"--index ivf searches on the CPU, not on --device {device}", "omit --index ivf, or --device")
     out = classifier_place(out, save=save)
     predictions = predictions_place(predictions)
     folder = features_or_newest(features)
@@ -92,7 +95,7 @@ def knn(
     console.notes(filter(None, [describe_imbalance(train.labels, train.classes)]))
     ks = k or [n for n in (10, 20) if n <= most] or [most]
     found_index = _index(train, folder) if index == "ivf" else None
-    find = found_index.search if found_index else None
+    find = found_index.search if found_index else _search_on(device, train)
     result = knn(train, test, ks, temperature, find)
     about: dict[str, Any] = {
         "checkpoint": train.provenance.source,
@@ -150,6 +153,17 @@ def _index(train: Features, folder: Path) -> Index:
 
     with console.progress("ivf index", len(train), "images") as advance:
         return open_index(train.values, "ivf", folder / "knn", digest_of(train.values), advance)
+
+
+def _search_on(device: str, train: Features) -> Search | None:
+    """Return the search on a device, or None for that of the CPU; `auto` is CUDA if available, else the CPU."""
+    from dinocli.core.device import pick_device
+    from dinocli.evals.device_search import DeviceSearch
+
+    picked = pick_device(device)
+    if picked.type == "cpu" or (device == "auto" and picked.type != "cuda"):
+        return None
+    return DeviceSearch(train.values, picked).search
 
 
 def _print(result: KnnResult, maker: str) -> None:
