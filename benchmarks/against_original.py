@@ -166,15 +166,14 @@ def link_images(data: Path, folder: Path, count: int) -> Path:
 def main(words: Sequence[str] | None = None) -> dict[str, list[Score]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("checkout", type=Path)
+    parser.add_argument("checkout", type=Path, nargs="?", help="clone of facebookresearch/dino")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=2400)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(words)
-    if not (options.checkout / "main_dino.py").is_file():
-        parser.error(
-            f"{options.checkout} holds no main_dino.py; hint: git clone https://github.com/facebookresearch/dino"
-        )
+    if options.checkout is None or not (options.checkout / "main_dino.py").is_file():
+        problem = "no checkout given" if options.checkout is None else f"{options.checkout} holds no main_dino.py"
+        parser.error(f"{problem}; hint: git clone https://github.com/facebookresearch/dino, then pass its folder")
     sys.path.append(str(options.checkout.resolve()))
     from eval_knn import knn_classifier
 

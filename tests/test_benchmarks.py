@@ -227,9 +227,10 @@ def test_the_original_and_dinocli_get_the_same_recipe(tmp_path: Path) -> None:
 def test_without_the_original_the_comparison_says_how_to_get_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        against_original.main([str(tmp_path), str(tmp_path)])
-    assert "git clone https://github.com/facebookresearch/dino" in capsys.readouterr().err
+    for words, problem in (([], "no checkout given"), ([str(tmp_path)], f"{tmp_path} holds no main_dino.py")):
+        with pytest.raises(SystemExit):
+            against_original.main([str(tmp_path), *words])
+        assert f"{problem}; hint: git clone https://github.com/facebookresearch/dino" in capsys.readouterr().err
 
 
 def test_the_script_for_a_gpu_names_scripts_and_parts_that_exist() -> None:

@@ -64,3 +64,16 @@ def test_every_dependency_is_imported_and_none_is_pinned() -> None:
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, dinocli, dinocli.cli; bad = {'torch', 'timm', 'numpy', 'PIL', 'faiss', 'matplotlib'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_stays_below_ten_megabytes() -> None:
+    """The sum of the packed files' sizes, which is more than the wheel that compresses them."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = set()
+    for package in settings["packages"]:
+        folder = ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
+        for pattern in ("*.py", *settings["package-data"].get(package, [])):
+            files |= set(folder.glob(pattern))
+    names = {path.name for path in files}
+    assert {"__init__.py", "mini.safetensors", "tiny.toml", "page.html", "compiled_bytes.cpp"} <= names
+    assert sum(path.stat().st_size for path in files) < 10_000_000

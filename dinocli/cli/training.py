@@ -47,7 +47,7 @@ MonitorEvery = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Steps between evaluations. Default: chosen so that they take at most 5 % of the time.",
+        help="Steps between evaluations. Default: chosen to take at most 5 % of the time, if the run is long enough.",
         rich_help_panel=MONITORING,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ _K = 20
 # Evaluations may take 0.05 of a run's time.
 _COST, _SHARE = 0.15, 0.05
 _COST_OF_ONE_VIEW = 1 / 3  # a forward pass, of a forward and a backward pass
-_EVALUATIONS = 20  # per run
+_EVALUATIONS = 20  # per run, besides the one before the first step
 
 
 class Answers(NamedTuple):
@@ -153,19 +154,21 @@ def decode_all(source: Images, preset: Preset, workers: int) -> tuple[Tensor, li
 
 
 def steps_between_evaluations(images: int, steps: int, batch_size: int, views: ViewsConfig) -> int:
-    """Return the steps between evaluations: about 20 per run, or fewer if 20 would take over 5 % of its time.
+    """Return the steps between evaluations: 20 of them follow the first step, or fewer if all would take over 5 %.
 
-    The limit holds in every phase of a run: evaluations keep the full size while crops are smaller and steps cheaper.
+    A run is evaluated before its first step and after its last in any case, also if it is so short that these two take
+    over 5 %. Steps count as cheap as they are with the smallest crops, because evaluations keep the full size.
 
     Args:
-        images: Number of images encoded per evaluation.
+        images: Number of images encoded per evaluation, above 0.
         steps: Number of steps in the run.
         batch_size: Images per step.
         views: Views of the run; the smallest sizes decide.
     """
     smallest = min(map(_count_pixels, views.variants)) / _count_pixels(views)
     cost = (_COST if len(views.all) > 1 else _COST_OF_ONE_VIEW) / min(1, smallest)
-    return max(1, steps // _EVALUATIONS, round(images * cost / (_SHARE * batch_size)))
+    within = int(_SHARE * steps * batch_size / (images * cost))  # evaluations, the one before the first step included
+    return max(1, math.ceil(steps / min(_EVALUATIONS, max(1, within - 1))))
 
 
 def _count_pixels(views: ViewsConfig) -> int:

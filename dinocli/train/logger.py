@@ -121,8 +121,10 @@ class Logger:
         images = (self._monitor.images if self._monitor else 0) + photos
         images = from_first(images)
         preset = plan.preset
-        between = steps_between_evaluations(images, plan.stop, preset.training.batch_size, preset.views)
-        self._every = (plan.monitor_every or between) if images else 0  # steps between evaluations; 0 for none
+        self._every = 0  # steps between evaluations; 0 for none
+        if images:
+            between = steps_between_evaluations(images, plan.stop, preset.training.batch_size, preset.views)
+            self._every = plan.monitor_every or between
         self._drawn = -math.inf
         self._metrics = Metrics(plan.out / METRICS, trainer.clock.step) if first else None
         run = Tracked(plan.out, preset.model_dump(mode="json"), trainer.clock.step)

@@ -8,6 +8,7 @@ import os
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from conftest import write_images
 from PIL import Image
 from typer.main import get_command
 
+from dinocli.apps.demo.drawings import draw
 from dinocli.cli import app, main
 from dinocli.method import shipped
 
@@ -1080,6 +1082,27 @@ def test_match_and_track_draw_and_score(dino: Dino, images: Path) -> None:
     done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)
     assert "would be overwritten" in done.stderr
     assert "images is a folder" in dino("match", a, "images", code=1).stderr
+
+
+def test_the_network_of_the_package_serves_every_command_offline(
+    dino: Dino, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(connection: socket.socket, address: object) -> None:
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        Image.fromarray(draw(i, size=64).image).save(photos / f"{i}.png")
+    network = ("--checkpoint", "dinocli:mini", "--device", "cpu")
+    small = ("--short-side", "64")
+    assert "attention" in dino("attn-map", "photos/0.png", "photos/1.png", *network, *small).stdout
+    assert "segment" in dino("segment", "photos/0.png", "photos/1.png", *network, *small).stdout
+    assert json.loads(dino("match", "photos/0.png", "photos/1.png", *network, *small, "--json").stdout)["pairs"]
+    dino("extract", "dinocli:mini", "photos", "--device", "cpu", "--workers", "0")
+    found = json.loads(dino("search", "photos/2.png", "--device", "cpu", "--json").stdout)["found"]
+    assert found[0]["neighbours"][0]["image"] == "2.png"
 
 
 def test_deep_images_of_low_contrast_are_named_with_their_window(dino: Dino) -> None:

@@ -264,6 +264,26 @@ def test_losses_over_the_whole_batch_do_not_depend_on_processes_and_parts(kind: 
     assert_same(alone, (half[0] + rest[0], rest[1]))
 
 
+SIGREG = "losses.sigreg={weight=0.02, slices=16}"
+
+
+@pytest.mark.parametrize(
+    ("others", "parts"),
+    # KoLeo of two processes equals that of two parts; SIGReg alone does not depend on the parts.
+    [([], 2), (["losses.koleo=none"], 1)],
+    ids=["beside KoLeo", "instead of KoLeo"],
+)
+def test_sigreg_of_two_processes_equals_that_of_one(others: list[str], parts: int) -> None:
+    overrides = [*DINOV2, SIGREG, *others]
+    alone = steps("ddp", overrides, parts, name="tiny-dinov2")
+    assert ("koleo" in alone[0][0]) == (not others)
+    assert_same(alone, together(2, steps, "ddp", overrides, 1, 0, 6, None, "tiny-dinov2")[0])
+    without = steps("ddp", [*DINOV2, *others], parts, name="tiny-dinov2")
+    assert "sigreg" not in without[0][0]
+    key = "method/student.backbone.model.blocks.1.mlp.fc1.weight"
+    assert np.abs(alone[1][key] - without[1][key]).max() > 3e-4, "SIGReg has changed the weights"
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_states_of_two_processes_resume_in_one_and_the_reverse(kind: Kind) -> None:
     overrides = [*KINDS["adamw"], "heads.dino.batch_norm=false"]

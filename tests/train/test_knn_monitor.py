@@ -89,21 +89,37 @@ def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
+@pytest.mark.parametrize("steps", [1, 10, 143, 144, 215, 216, 1_000, 4_321])
+def test_evaluations_take_at_most_a_twentieth_of_the_time_with_both_ends(steps: int) -> None:
+    """24 images cost 3.6 steps of one image: two evaluations are 5 % of 144 steps, three of 216."""
+    views = load_preset("tiny-dino", []).views
+    every = steps_between_evaluations(24, steps, batch_size=1, views=views)
+    evaluated = [step for step in range(steps + 1) if step % every == 0 or step == steps]
+    assert len(evaluated) == 2 if steps < 216 else len(evaluated) >= 3
+    assert (3.6 * len(evaluated) <= 0.05 * steps) == (steps >= 144)
+
+
+def test_a_long_run_is_evaluated_twenty_times() -> None:
     views = load_preset("tiny-dino", []).views
     assert steps_between_evaluations(24, steps=100_000, batch_size=1024, views=views) == 5_000
-    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 72, "24 images cost 3.6 steps"
 
 
-def test_evaluations_take_no_larger_share_while_crops_are_small() -> None:
+def test_evaluations_take_no_larger_share_of_a_run_of_small_crops() -> None:
     small = ["views.locals=0", "views.local=none", "views.low_resolution={epochs=1, global_size=24}"]
     views = load_preset("tiny-dino", small).views
-    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 4 * 72, "a quarter of the pixels"
+    every = steps_between_evaluations(24, steps=1_000, batch_size=1, views=views)
+    assert every == 500, "a quarter of the pixels: three evaluations cost 43.2 steps"
 
 
 def test_evaluations_of_a_classifier_cost_a_third_of_its_steps() -> None:
     views = load_preset("finetune", []).views
-    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 160
+    assert steps_between_evaluations(24, steps=1_000, batch_size=1, views=views) == 200, "six cost 48 steps"
+
+
+def test_a_short_run_is_evaluated_at_both_ends(labelled: Path, plan: Plan) -> None:
+    run = pretrain(replace(plan, monitor=str(labelled)), lambda p: None)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == [0, 12]
 
 
 def test_a_monitor_folder_without_classes_is_refused(tmp_path: Path) -> None:

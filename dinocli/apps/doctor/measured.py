@@ -78,12 +78,12 @@ def choose(count: int | None, minutes: float) -> Measured:
 def describe(count: int | None) -> str:
     """Return what runs on about as many images have reached, in one line."""
     rows = nearest(count)
-    reached = ", ".join(
-        f"{_format(row.knn)} by {row.preset} with --epochs {row.epochs} ({row.minutes:g} core minutes)" for row in rows
-    )
+    reached = ", ".join(map(_describe_row, rows))
     return f"measured on {rows[0].data}, k-NN in %: {rows[0].untrained:g} untrained, {reached}"
 
 
-def _format(knn: tuple[float, float]) -> str:
-    low, high = knn
-    return f"{low}" if low == high else f"{low} to {high}"
+def _describe_row(row: Measured) -> str:
+    low, high = row.knn
+    knn = f"{low}" if low == high else f"{low} to {high}"
+    runs = "one run" if row.seeds == 1 else f"{row.seeds} seeds"
+    return f"{knn} by {row.preset} with --epochs {row.epochs} ({row.minutes:g} core minutes, {runs})"

@@ -369,7 +369,7 @@ def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -
 
     Args:
         out: Crop to fill, within 2 levels of a resize in float64. Pillow is as close up to version 12. Version 13.0
-            rounds differently, by up to 12 levels at sharp edges of photos. [1, C, height, width], uint8
+            rounds differently, by up to 22 levels at sharp edges of photos. [1, C, height, width], uint8
         pixels: Image. [H, W, C]
         box: Top, left, height and width of the cut.
         resample: `bicubic` or `bilinear`.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dinocli.apps.doctor.measured import MEASURED, choose, describe, nearest
+from dinocli.apps.doctor import measured
+from dinocli.apps.doctor.measured import MEASURED, Measured, choose, describe, nearest
 from dinocli.core.errors import DinoError
 from dinocli.method.preset import load_preset
 
@@ -24,11 +25,29 @@ def test_each_row_stands_in_the_results_with_its_numbers() -> None:
         assert f"| {row.untrained} |" in lines[0]
 
 
-def test_the_line_names_epochs_minutes_and_the_untrained_network() -> None:
-    line = describe(9_469)
-    assert (
-        "32.9 untrained, 43.1 to 44.0 by tiny with --epochs 12 (2.5 core minutes), 51.2 by tiny with --epochs 40"
-        in line
+def test_the_table_of_presets_has_the_same_rows_each_with_its_command() -> None:
+    text = (DOCS / "presets.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("| images | data | core minutes | preset | epochs |")
+    lines = section.partition("\n\n")[0].splitlines()[2:]
+    assert len(lines) == len(MEASURED)
+    for row, line in zip(MEASURED, lines, strict=True):
+        knn = " to ".join(f"{value}" for value in sorted(set(row.knn)))
+        cells = [f"{row.images:,}", row.data, f"{row.minutes:g}", f"`{row.preset}`", row.epochs, knn, row.untrained]
+        *found, command = [cell.strip() for cell in line.strip("|").split("|")]
+        assert found == [*map(str, cells), str(row.seeds)]
+        assert command.startswith("`dino pretrain ")
+        assert command.endswith(f" --preset {row.preset} --epochs {row.epochs}`")
+
+
+def test_the_line_names_epochs_minutes_runs_and_the_untrained_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (
+        Measured(100, "photos", "mini", 40, 9, (51.2, 51.2), 32.9, 1),
+        Measured(100, "photos", "tiny", 12, 2.5, (43.1, 44.0), 32.9, 3),
+    )
+    monkeypatch.setattr(measured, "MEASURED", rows)
+    assert describe(100) == (
+        "measured on photos, k-NN in %: 32.9 untrained, 43.1 to 44.0 by tiny with --epochs 12 (2.5 core minutes, 3 seeds), "
+        "51.2 by mini with --epochs 40 (9 core minutes, one run)"
     )
 
 

@@ -158,8 +158,21 @@ def test_masked_patches_equal_the_definition() -> None:
     metrics = loss_of.metrics(targets, loss.detach(), CLOCK)
     per_crop = torch.stack([crop.mean() for crop in crops if len(crop)]).mean()
     torch.testing.assert_close(metrics["cosine"], 1 - per_crop.detach(), rtol=1e-6, atol=1e-7)
-    exact = torch.full((total,), 1 / total, dtype=torch.float64)
-    torch.testing.assert_close(patch_distance(student, unit(teacher), exact), distances.mean(), rtol=1e-10, atol=0)
+
+
+def test_the_distance_of_patches_and_its_gradient_equal_the_definition() -> None:
+    torch.manual_seed(0)
+    patches = 7
+    student = torch.randn(patches, WIDTH, dtype=torch.float64, requires_grad=True)
+    teacher = unit(torch.randn(patches, WIDTH, dtype=torch.float64))
+    weights = torch.rand(patches, dtype=torch.float64)
+    found = patch_distance(student, teacher, weights)
+    expected = torch.stack(
+        [weights[i] / 2 * (unit(student[i]) - teacher[i]).square().sum() for i in range(patches)]
+    ).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    actual, wanted = (torch.autograd.grad(x, student)[0] for x in (found, expected))
+    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_batch_without_masked_patches_has_zero_loss() -> None:
