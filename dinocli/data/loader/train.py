@@ -68,6 +68,7 @@ class TrainBatches:
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
         on_device: True to decode JPEGs on the device and cut their crops there, if that gives the same pixels.
+        note: Callback that receives one-line messages for the user.
 
     Attributes:
         bad: Files that cannot be read.
@@ -97,6 +98,7 @@ class TrainBatches:
         clean: float | None = None,
         in_order: bool = False,
         on_device: bool = False,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
@@ -136,13 +138,13 @@ class TrainBatches:
             clips = clips_of(source, images.pair_within) if images.pair_within and views.global_2 else None
             make = partial(_image_filler, cutter, source, kept, clips, on_device)
             if on_device:
-                self._device_cutter = DeviceCutter(ImageFiller(cutter, source, clips=clips), device)
+                self._device_cutter = DeviceCutter(ImageFiller(cutter, source, clips=clips), device, note)
         order = _Order(source, batch_size, seed, shard, views.mask, views.fixed, in_order=in_order)
         self._ring = Ring(
             phases,
             batch_size=batch_size,
             make=make,
-            prepare=order.write,
+            prepare=partial(_prepare, order, self._device_cutter),
             workers=workers,
             slots=min(slots_for(fields) for _, fields in phases),
             start=start,
@@ -222,6 +224,13 @@ class TrainBatches:
                 f"up to {BAD_SHARE:.0%} may be skipped",
                 f"repair or remove them; one is {where}",
             )
+
+
+def _prepare(order: _Order, device_cutter: DeviceCutter | None, slot: dict[str, Tensor], batch: int) -> None:
+    """Write into a slot, before it is filled, what workers need to know of its batch."""
+    order.write(slot, batch)
+    if device_cutter:
+        slot["refused"].fill_(device_cutter.fails)
 
 
 def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
