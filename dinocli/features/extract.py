@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dinocli.core.checksums import crc_of
+from dinocli.core.copies import fetch
 from dinocli.core.distributed import any_of, from_first, gathered, rank
 from dinocli.core.distributed import size as size_of_run
 from dinocli.core.errors import DinoError
@@ -92,7 +98,7 @@ def extract(
         part: Part of the batches to extract, for `join`. It may hold no image.
         recording: Record the result, for a command that extracts several splits. If the command is interrupted and
             repeated, it does not extract this split again. `forget` removes the record.
-        report: Callback that receives the number of finished images after each batch.
+        report: Callback that receives the number of finished images after each batch is written.
         say: Callback that receives one-line messages for the user.
 
     Raises:
@@ -113,23 +119,21 @@ def extract(
         say(f"{path} is complete")
         return before
     writing = write_features(path, provenance, source.classes, dtype=dtype, part=part, job=job, say=say)
-    with writing if rank() == 0 else nullcontext() as writer:
+    with writing if rank() == 0 else nullcontext() as writer, ThreadPoolExecutor(1) as thread:
         there = (writer.batches, writer.rows, writer.shape, writer.skipped, writer.unnumbered) if writer else None
         batches, images, shape, skipped, unnumbered = from_first(there) or (0, 0, (), {}, 0)
         skipped = dict(skipped)
         first, step = part.number - 1, part.of  # the part's batches: first, first + step, ...
         shard = Shard(first + step * (batches + rank()), step * size_of_run())
         loaded = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, shard=shard, cutter=cutter)
-        for some in _in_turns(_Features.of(batch, encoder, tokens, blocks) for batch in loaded):
+        computed = _in_turns(_compute(loaded, encoder, tokens, blocks))
+        done = _write_beside(computed, partial(_write, writer, first, step), thread) if writer else computed
+        for some in done:
             if some.values is not None:
                 shape = some.values.shape[1:]
             images += len(some.names)
             unnumbered += some.labels.count(UNNUMBERED)
             skipped |= dict(some.bad)
-            if writer is not None:
-                some.write(writer)
-                writer.unnumbered = unnumbered
-                writer.end_batch((some.number - first) // step + 1)
             report(images + len(skipped))
         if not images and part == WHOLE:
             name, reason = next(iter(skipped.items()))
@@ -139,11 +143,11 @@ def extract(
                 f"{name}: {reason}",
                 "use another checkpoint: the values of this network overflow" if lost else "check that file",
             )
-    done = Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
+    result = Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
     if recording and writer:
-        facts = {"checksum": checksum_of(done.path), **vars(done), "path": str(done.path)}
+        facts = {"checksum": checksum_of(result.path), **vars(result), "path": str(result.path)}
         record(path, {**job, "part": part}, facts)
-    return done
+    return result
 
 
 def count_in_part(images: int, batch_size: int, part: Part) -> int:
@@ -204,13 +208,11 @@ class _Features(NamedTuple):
     bad: list[tuple[str, str]]
 
     @classmethod
-    def of(cls, batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> _Features:
-        if not len(batch.images):
+    def of(cls, batch: Plain, arriving: Callable[[], Tensor] | None) -> _Features:
+        """Wait for the features of a batch, and sort out those that are not finite."""
+        if arriving is None:
             return cls(batch.number, None, batch.names, batch.labels, batch.bad)
-        values = encoder.features(batch.images, tokens, blocks).float().cpu()
-        if batch.views is not None:
-            beside = (encoder.features(view, tokens, blocks).float().cpu() for view in batch.views)
-            values = torch.stack([values, *beside], dim=1)  # [B, 1+K, D]
+        values = arriving()
         kept, lost = finite_rows(values, batch.names)
         return cls(
             batch.number,
@@ -220,10 +222,33 @@ class _Features(NamedTuple):
             [*batch.bad, *lost],
         )
 
-    def write(self, writer: FeatureWriter) -> None:
-        if self.values is not None and len(self.values):
-            writer.append(self.values, [max(label, -1) for label in self.labels], self.names)
-        writer.skipped |= dict(self.bad)
+
+# Batches that a device has been given before the host reads one. Elsewhere the host computes, and waits anyway.
+_AHEAD = {"cuda": 1}
+
+
+def _compute(loaded: Iterator[Plain], encoder: Encoder, tokens: TokenChoice, blocks: int) -> Iterator[_Features]:
+    """Yield the features of batches; a GPU is given the next batch before the host waits for one."""
+    launched: deque[Callable[[], _Features]] = deque()
+    for batch in loaded:
+        launched.append(_launch(batch, encoder, tokens, blocks))
+        if len(launched) > _AHEAD.get(encoder.device.type, 0):
+            yield launched.popleft()()
+    for wait in launched:
+        yield wait()
+
+
+def _launch(batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> Callable[[], _Features]:
+    """Start to compute the features of a batch, and return a function that waits for them."""
+    arriving = None
+    if len(batch.images):
+        values = encoder.features(batch.images, tokens, blocks).float()
+        if batch.views is not None:
+            beside = (encoder.features(view, tokens, blocks).float() for view in batch.views)
+            values = torch.stack([values, *beside], dim=1)  # [B, 1+K, D]
+        arriving = fetch(values)
+    # Without its images, whose memory the next batch needs.
+    return partial(_Features.of, batch._replace(images=torch.empty(0), views=None), arriving)
 
 
 def _in_turns(mine: Iterator[_Features]) -> Iterator[_Features]:
@@ -234,3 +259,28 @@ def _in_turns(mine: Iterator[_Features]) -> Iterator[_Features]:
         if not more:
             return
         yield from (each for each in gathered(part) if each is not None)
+
+
+def _write(writer: FeatureWriter, first: int, step: int, some: _Features) -> None:
+    """Write a batch of a part, whose batches are `first`, `first + step`, and so on."""
+    if some.values is not None and len(some.values):
+        writer.append(some.values, [max(label, -1) for label in some.labels], some.names)
+    writer.skipped |= dict(some.bad)
+    writer.unnumbered += some.labels.count(UNNUMBERED)
+    writer.end_batch((some.number - first) // step + 1)
+
+
+def _write_beside(
+    computed: Iterator[_Features], write: Callable[[_Features], None], thread: ThreadPoolExecutor
+) -> Iterator[_Features]:
+    """Yield batches once they are written. A thread writes one at a time, while the next is computed.
+
+    Its error is raised here, and no later batch is written: a file with a gap must not be saved to resume from.
+    """
+    writing: tuple[_Features, Future[None]] | None = None
+    for some in chain(computed, [None]):
+        if writing:
+            before, written = writing
+            written.result()
+            yield before
+        writing = (some, thread.submit(write, some)) if some else None

@@ -108,7 +108,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         trainer, method, fresh = _trainer(plan, saved, note, lambda: stopping.requested)
         logger = Logger(plan, trainer, method, report, note, monitor)
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
-        batches = _batches(plan, trainer, method)
+        batches = _batches(plan, trainer, method, note)
         with closing(logger):
             try:
                 if not any_of(logger.stalled)[0]:  # an early end that an earlier call reached
@@ -242,7 +242,7 @@ def _choose_kernels(plan: Plan, method: AnyMethod, note: Callable[[str], None]) 
         note("attention: " + ", ".join(f"{kernel} kernel for {tokens} tokens" for tokens, kernel in chosen.items()))
 
 
-def _batches(plan: Plan, trainer: Trainer, method: AnyMethod) -> TrainBatches:
+def _batches(plan: Plan, trainer: Trainer, method: AnyMethod, note: Callable[[str], None]) -> TrainBatches:
     return TrainBatches(
         plan.source,
         plan.loaded_views,
@@ -259,4 +259,5 @@ def _batches(plan: Plan, trainer: Trainer, method: AnyMethod) -> TrainBatches:
         grid=method.student.backbone.grid,
         clean=plan.preset.clean_scale,
         on_device=plan.decode == "gpu",
+        note=note,
     )

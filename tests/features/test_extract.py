@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +21,21 @@ from PIL import Image
 
 from dinocli.apps.pack import pack
 from dinocli.core import device as device_module
+from dinocli.core.device import float32_products
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import image_folder, open_source, photos
+from dinocli.core.tensors import TensorStream
+from dinocli.data.sources.open import Source, image_folder, open_source, photos
 from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.features import encoder as encoder_module
+from dinocli.features import extract as extract_module
 from dinocli.features import writer as writer_module
 from dinocli.features.encoder import Encoder, augmented, quick
 from dinocli.features.extract import Extracted, extract
 from dinocli.features.photos import encode
 from dinocli.features.store import Provenance, read_features, read_splits
 from dinocli.features.unfinished import forget
+from dinocli.features.writer import FeatureWriter, write_features
 from dinocli.models.architecture import BackboneConfig
 
 
@@ -456,3 +463,162 @@ def test_a_complete_split_of_an_interrupted_command_is_not_extracted_again(tmp_p
     assert run_until(None, place, images)[0] == [4, 8, 12], "the float16 file is another one"
     forget(place)
     assert sorted(os.listdir(tmp_path)) == [place.name, "images"]
+
+
+def write_one_by_one(encoder: Encoder, source: Source, path: Path, data: str, batch_size: int) -> bytes:
+    """Extract in a plain loop: compute a batch, wait for it, write it."""
+    provenance = Provenance(encoder.source, encoder.fingerprint, "cls", 1, encoder.size, data)
+    with write_features(path, provenance, source.classes) as writer:
+        for batch in encoder.batches(source, size=encoder.size, batch_size=batch_size, workers=0):
+            if batch.names:
+                values = encoder.features(batch.images).float().cpu()
+                kept, lost = encoder_module.finite_rows(values, batch.names)
+                labels, names = ([of[i] for i in kept] for of in (batch.labels, batch.names))
+                writer.append(values[kept].numpy(), labels, names)
+                writer.skipped |= dict(lost)
+            writer.skipped |= dict(batch.bad)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_extraction_has_the_bytes_of_a_plain_loop(
+    tmp_path: Path, images: Path, lossy: Encoder, monkeypatch: pytest.MonkeyPatch, ahead: int, workers: int
+) -> None:
+    (images / "b" / "0001.png").write_bytes(b"no image")
+    monkeypatch.setitem(extract_module._AHEAD, "cpu", ahead)
+    source, path = image_folder(images), tmp_path / "f.safetensors"
+    done = extract(lossy, source, path, data="d", batch_size=5, workers=workers)
+    assert list(done.skipped) == ["a/0002.png", "b/0001.png"]
+    assert path.read_bytes() == write_one_by_one(lossy, source, tmp_path / "plain.safetensors", "d", 5)
+
+
+def record_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows with each launch of the network, and with each batch that is read."""
+    events, features, fetch = list[str](), Encoder.features, extract_module.fetch
+
+    def launch(encoder: Encoder, *arguments: Any) -> torch.Tensor:
+        events.append("launch")
+        return features(encoder, *arguments)
+
+    def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        wait = fetch(values)
+
+        def read() -> torch.Tensor:
+            events.append("read")
+            return wait()
+
+        return read
+
+    monkeypatch.setattr(Encoder, "features", launch)
+    monkeypatch.setattr(extract_module, "fetch", read_later)
+    return events
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_batch_is_read_after_the_next_one_is_launched(
+    tmp_path: Path, images: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setitem(extract_module._AHEAD, "cpu", ahead)
+    events = record_events(monkeypatch)
+    extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d", batch_size=4)
+    assert events == (["launch", "launch", "read", "launch", "read", "read"] if ahead else ["launch", "read"] * 3)
+
+
+def test_a_batch_is_written_while_the_next_one_is_computed(
+    tmp_path: Path, images: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, append = [threading.Event() for _ in range(3)], FeatureWriter.append
+    main, batches = threading.current_thread(), itertools.count()
+
+    class Announced(Encoder):
+        def features(self, *arguments: Any) -> torch.Tensor:
+            assert threading.current_thread() is main
+            begun[next(batches)].set()
+            return super().features(*arguments)
+
+    def wait_for_next(writer: FeatureWriter, *arguments: Any) -> None:
+        assert threading.current_thread() is not main
+        place = writer.batches + 1
+        assert place == 3 or begun[place].wait(20), "the next batch waits for this one"
+        append(writer, *arguments)
+
+    monkeypatch.setattr(FeatureWriter, "append", wait_for_next)
+    done = extract(Announced(**vars(encoder)), image_folder(images), tmp_path / "f.safetensors", data="d", batch_size=4)
+    assert done.images == len(read_features(done.path)) == 12
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_an_error_of_the_disk_comes_out_and_nothing_later_is_written(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, saves: bool
+) -> None:
+    run_until(None, tmp_path / "whole" / "f.safetensors", images)
+    if saves:
+        monkeypatch.setattr(writer_module, "_SAVE_EVERY", 0)
+    calls, append, place, lines = list[str](), TensorStream.append, tmp_path / "again" / "f.safetensors", list[str]()
+
+    def fail(stream: TensorStream, name: str, rows: Any) -> None:
+        calls.append(name)
+        if calls.count("values") == 3 and name == "labels":  # after an empty array and one batch
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(stream, name, rows)
+
+    with monkeypatch.context() as full:
+        full.setattr(TensorStream, "append", fail)
+        reports: list[int] = []
+        with pytest.raises(OSError, match="No space") as error:
+            extract(
+                small_encoder(),
+                image_folder(images),
+                place,
+                data="d",
+                batch_size=4,
+                report=reports.append,
+                say=lines.append,
+            )
+    assert error.value.filename == str(place)
+    assert calls[-2:] == ["values", "labels"] and reports == [4]
+    assert place.parent.exists() == bool(lines) == saves
+    assert run_until(None, place, images)[1] == (["resuming after 4 images"] if saves else [])
+    assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "whole")
+
+
+def test_an_error_of_the_network_comes_out_after_the_batch_before_is_written(
+    tmp_path: Path, images: Path, saving: pytest.MonkeyPatch
+) -> None:
+    launches: list[int] = []
+
+    class Failing(Encoder):
+        def features(self, *arguments: Any) -> torch.Tensor:
+            launches.append(len(arguments))
+            if len(launches) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().features(*arguments)
+
+    place = tmp_path / "f.safetensors"
+    with pytest.raises(torch.OutOfMemoryError):
+        run_until(None, place, images, encoder=Failing(**vars(small_encoder())))
+    assert run_until(None, place, images)[1] == ["resuming after 8 images"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"views": 2}], ids=str)
+def test_a_gpu_has_the_next_batch_before_the_host_reads_one(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    (images / "b" / "0003.png").write_bytes(b"no image")
+    here = extract(small_encoder(), image_folder(images), tmp_path / "here.safetensors", data="d", **options)
+    encoder = small_encoder()
+    encoder.backbone.cuda()
+    events = record_events(monkeypatch)
+    path = tmp_path / "there.safetensors"
+    with float32_products("float32"):  # torch's own default rounds the patch embedding
+        there = extract(encoder, image_folder(images), path, data="d", batch_size=4, workers=2, **options)
+    each = ["launch"] * (1 + options.get("views", 0))
+    assert events == [*each, *each, "read", *each, "read", "read"]
+    assert there.skipped == here.skipped
+    ours, wanted = read_features(path), read_features(here.path)
+    assert list(ours.paths) == list(wanted.paths)
+    np.testing.assert_allclose(ours.values[:], wanted.values[:], atol=1e-4)
+    if options:
+        np.testing.assert_allclose(ours.views[:], wanted.views[:], atol=1e-3)

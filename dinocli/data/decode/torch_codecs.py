@@ -69,6 +69,10 @@ def decode_jpegs(data: list[Tensor], where: device) -> list[Tensor | None]:
 
     Returns:
         Pixels as stored, not turned. [3, H, W] each, uint8. None for a file that the decoder refuses.
+
+    Raises:
+        torch.OutOfMemoryError: If the device runs out of memory.
+        torch.AcceleratorError: If the device fails.
     """
     import torch
 
@@ -79,6 +83,8 @@ def decode_jpegs(data: list[Tensor], where: device) -> list[Tensor | None]:
             with torch.cuda.device(where):  # or another device would get a context, which takes memory
                 return torch.ops.image.decode_jpegs_cuda(data, _RGB, where)
         return [torch.ops.image.decode_jpeg(one, _RGB, False) for one in data]
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors too, but not of a file
+        raise
     except RuntimeError:  # one of them is corrupt, and the decoder returns no other either
         if len(data) == 1:
             return [None]

@@ -298,6 +298,8 @@ class FileFiller(ImageFiller):
         self, slot: dict[str, Tensor], place: int, row: int, tries: list[Tries], places: list[Tensor]
     ) -> BadImage | None:
         slot["lengths"][place] = 0
+        if slot["refused"][0]:
+            return super()._fill(slot, place, row, tries, places)
         data = _read(self.source, row, self.cutter.images)
         if not isinstance(data, bytes) or len(data) > slot["files"].shape[1]:
             return super()._fill(slot, place, row, tries, places)

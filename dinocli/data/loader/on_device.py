@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from dinocli.data.loader.fill import ImageFiller
 from dinocli.data.loader.ring import Task
 from dinocli.data.views.device_crops import Stored, cut_batch
 
+_ENOUGH = 8  # files; fewer may all be corrupt
+
 
 class DeviceCutter:
     """Decoder of the files of a batch that workers have only read, and cutter of their crops, on a device.
@@ -17,14 +21,16 @@ class DeviceCutter:
     Args:
         filler: Filler for images that the device refuses. It decodes them here, and replaces those that are corrupt.
         device: Device of the batch.
+        note: Callback that receives one-line messages for the user.
 
     Attributes:
         decoded: Number of images that the device has decoded.
+        fails: True once the device has decoded no file of a batch; then it is no longer asked.
     """
 
-    def __init__(self, filler: ImageFiller, device: torch.device) -> None:
-        self.decoded = 0
-        self._filler, self._device = filler, device
+    def __init__(self, filler: ImageFiller, device: torch.device, note: Callable[[str], None]) -> None:
+        self.decoded, self.fails = 0, False
+        self._filler, self._device, self._note = filler, device, note
 
     def decode(self, slot: dict[str, Tensor]) -> tuple[list[Stored], list[tuple[str, str]]]:
         """Return the decoded images of a slot, and name and reason of the corrupt ones; fill those that are refused."""
@@ -32,7 +38,12 @@ class DeviceCutter:
         places = [place for place, length in enumerate(lengths) if length]
         if not places:
             return [], []
-        found = decode_jpegs([slot["files"][place, : lengths[place]] for place in places], self._device)
+        found: Sequence[Tensor | None] = [None] * len(places)  # batches that were read before it failed
+        if not self.fails:
+            found = decode_jpegs([slot["files"][place, : lengths[place]] for place in places], self._device)
+            if len(places) >= _ENOUGH and all(pixels is None for pixels in found):
+                self.fails = True
+                self._note(f"note: {self._device} decoded none of {len(places)} JPEGs; the workers decode from now on")
         stored, bad = [], []
         for place, pixels in zip(places, found, strict=True):
             if pixels is None:

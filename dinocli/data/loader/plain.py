@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinocli.core.copies import send
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Shard, slots_for, view_fields
+from dinocli.data.loader.copier import Copier
 from dinocli.data.loader.fill import Cutter, PlainFiller
 from dinocli.data.loader.ring import Ring
 from dinocli.data.sources.indexed import Images
@@ -97,15 +99,22 @@ def plain_batches(
         pin=device if device.type == "cuda" else None,
     )
     there = [torch.tensor(values, device=device) for values in (mean, std)]
-    empty = 0
+    copier, empty = Copier(device), 0
     try:
         for number, (slot, arrays, told) in zip(itertools.count(shard.rank, shard.processes), filled, strict=False):
             seen = sorted(told)
             good = [s for s in seen if not s.reason]
             kept = [s.place for s in good]
-            pixels = arrays["images"][kept].to(device)
-            views = _views(arrays, kept, *there, finished=cutter.finishes) if cutter and kept else None
-            filled.release(slot)
+            # Whole arrays, because only they are pinned; rows are selected on the device.
+            names = ["images", *(name for name in ("globals", "locals") if cutter and kept and arrays[name].numel())]
+            pixels, *crops = (copier(arrays[name], needed=bool(kept)) for name in names)
+            copier.wait()
+            normal = normalize(_select(pixels, kept).float() / 255, *there)
+            views = None
+            if crops and cutter:
+                drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
+                views = _views(crops, kept, drawn, *there, finished=cutter.finishes)
+            copier.done(slot, filled.release)
             # One worker's stream may end before another's: the pass ends once every worker had an empty turn.
             empty = 0 if seen else empty + 1
             if empty > (workers if isinstance(source, Shards) else 0):
@@ -113,15 +122,28 @@ def plain_batches(
             if seen or shard.processes > 1:
                 bad = [(s.name, s.reason) for s in seen if s.reason]
                 names, labels = [s.name for s in good], [s.label for s in good]
-                yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views, number)
+                yield Plain(normal, names, labels, bad, views, number)
     finally:
         filled.close()
 
 
-def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor, *, finished: bool) -> Tensor:
-    """Return the views of some images of a slot, on the device of `mean` and `std`. [V, B, C, H, H]"""
-    crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
-    if finished:
-        return normalize_bytes(crops.to(mean.device), mean, std)
-    drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
-    return augment(crops.to(mean.device), drawn, mean, std)
+def _views(groups: list[Tensor], kept: list[int], drawn: Draws, mean: Tensor, std: Tensor, *, finished: bool) -> Tensor:
+    """Return the views of some images of a slot, on the device of `mean` and `std`. [V, B, C, H, H]
+
+    Args:
+        groups: Crops of the slot, in groups, on that device. [v, B, H, H, C] each
+        kept: Places of the images in the slot.
+        drawn: Draws of these images, on the host.
+        mean: Channel means of the data.
+        std: Channel standard deviations of the data.
+        finished: True if the crops are views already, in bytes.
+    """
+    crops = torch.cat([_select(group, kept, 1) for group in groups])
+    return normalize_bytes(crops, mean, std) if finished else augment(crops, drawn, mean, std)
+
+
+def _select(values: Tensor, kept: list[int], dim: int = 0) -> Tensor:
+    """Return the kept images of a slot's array; the first ones, as in nearly every batch, without a copy."""
+    if kept == list(range(len(kept))):
+        return values.narrow(dim, 0, len(kept))
+    return values.index_select(dim, send(torch.tensor(kept), values.device))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Shard, file_fields, mask_fields, slots_for, view_fields
 from dinocli.data.loader.cache import PixelCache
+from dinocli.data.loader.copier import Copier
 from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFiller
 from dinocli.data.loader.mixture import epoch_order
 from dinocli.data.loader.on_device import DeviceCutter
@@ -68,6 +66,7 @@ class TrainBatches:
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
         on_device: True to decode JPEGs on the device and cut their crops there, if that gives the same pixels.
+        note: Callback that receives one-line messages for the user.
 
     Attributes:
         bad: Files that cannot be read.
@@ -97,6 +96,7 @@ class TrainBatches:
         clean: float | None = None,
         in_order: bool = False,
         on_device: bool = False,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
@@ -136,13 +136,13 @@ class TrainBatches:
             clips = clips_of(source, images.pair_within) if images.pair_within and views.global_2 else None
             make = partial(_image_filler, cutter, source, kept, clips, on_device)
             if on_device:
-                self._device_cutter = DeviceCutter(ImageFiller(cutter, source, clips=clips), device)
+                self._device_cutter = DeviceCutter(ImageFiller(cutter, source, clips=clips), device, note)
         order = _Order(source, batch_size, seed, shard, views.mask, views.fixed, in_order=in_order)
         self._ring = Ring(
             phases,
             batch_size=batch_size,
             make=make,
-            prepare=order.write,
+            prepare=partial(_prepare, order, self._device_cutter),
             workers=workers,
             slots=min(slots_for(fields) for _, fields in phases),
             start=start,
@@ -167,7 +167,7 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         mean, std = (torch.tensor(v, device=self._device) for v in (self._views.mean, self._views.std))
-        copier = _Copier(self._device)
+        copier = Copier(self._device)
         n = len(self._views.globals)
         for slot, arrays, bad in self._ring:
             stored: list[Stored] = []
@@ -224,6 +224,13 @@ class TrainBatches:
             )
 
 
+def _prepare(order: _Order, device_cutter: DeviceCutter | None, slot: dict[str, Tensor], batch: int) -> None:
+    """Write into a slot, before it is filled, what workers need to know of its batch."""
+    order.write(slot, batch)
+    if device_cutter:
+        slot["refused"].fill_(device_cutter.fails)
+
+
 def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
     """Return all views that are cut from an image, with the size of their crop; clean crops are views too."""
     if clean is None:
@@ -247,53 +254,6 @@ def _stream_filler(
     first, most = shard.rank * lanes + lane, cutter.images.max_megabytes
     stream = source.stream(first, shard.processes * lanes, seed=cutter.seed, skip=skip, max_megabytes=most)
     return StreamFiller(cutter, stream)
-
-
-class _Copier:
-    """Copier from slots to the device: asynchronous on CUDA, a no-op on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.busy: deque[tuple[Any, int]] = deque()
-
-    def __call__(self, values: Tensor, *, needed: bool = True) -> Tensor:
-        """Copy values, or only allocate their memory on the device if they are not needed."""
-        if self.stream is None:
-            return values.to(self.device)
-        with torch.cuda.stream(self.stream):
-            if needed:
-                moved = values.to(self.device, non_blocking=True)
-            else:
-                moved = torch.empty(values.shape, dtype=values.dtype, device=self.device)
-        # Memory from the side stream is read on the main stream: it must not be reused before that read.
-        moved.record_stream(torch.cuda.current_stream(self.device))
-        return moved
-
-    def masks(self, masks: PatchMasks) -> PatchMasks:
-        """Copy masks to the device. Call this before copying crops: the host waits for all earlier copies."""
-        return PatchMasks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
-
-    def beside(self) -> AbstractContextManager[Any]:
-        """Return a context whose work on the device follows the copies, beside that of the main stream."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
-    def wait(self) -> None:
-        """Make later work on the device wait for the copies; the host does not wait."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-
-    def done(self, slot: int, release: Any) -> None:
-        """Release slots whose copies are complete: this one at once, or on CUDA those of earlier batches."""
-        if self.stream is None:
-            release(slot)
-            return
-        self.busy.append((self.stream.record_event(), slot))
-        # One copy may overlap with the device's work; until it completes, its slot must not be written.
-        while len(self.busy) > 1 or (self.busy and self.busy[0][0].query()):
-            event, free = self.busy.popleft()
-            event.synchronize()
-            release(free)
 
 
 class _Order:

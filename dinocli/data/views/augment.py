@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinocli.core.copies import send
 from dinocli.data.views.crops import Draws
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
@@ -241,9 +242,9 @@ def blur_kernels(radius: Tensor, short: int, device: torch.device) -> Tensor:
     """
     # Numbers per radius and per pixel are computed on the host, which takes no launches.
     far = torch.arange(-2, short + 2)  # two pixels beyond each end: a box reaches no farther
-    distance = (torch.arange(short)[:, None] - far[None]).abs().to(device, non_blocking=True)
-    box = _box(_box_numbers(radius).to(device, non_blocking=True), distance)
-    nearest = far.clamp(0, short - 1).to(device, non_blocking=True)
+    distance = send((torch.arange(short)[:, None] - far[None]).abs(), device)
+    box = _box(send(_box_numbers(radius), device), distance)
+    nearest = send(far.clamp(0, short - 1), device)
     box = torch.zeros(len(radius), short, short, device=device).index_add_(2, nearest, box)
     return box @ box @ box
 
@@ -287,7 +288,7 @@ def _augment_compiled(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) ->
     flags = torch.stack([flip, gray, solarize, radius > 0]).float()
     numbers = torch.cat([*(each.T for each in rounds), flags, _box_numbers(radius)])  # [24, N], for a single copy
     parts = -(-crops.numel() // _AT_ONCE)
-    there = numbers.to(crops.device, non_blocking=True).chunk(parts, 1)
+    there = send(numbers, crops.device).chunk(parts, 1)
     run = _compile_once()
     made = [run(part, each, mean, std) for part, each in zip(crops.chunk(parts), there, strict=True)]
     return torch.cat(made) if parts > 1 else made[0]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinocli.core.copies import send
+
 _AT_ONCE = 2**26  # numbers at once: intermediate results take a GB at most
 # EXIF orientations as steps: transpose the stored picture, then reverse its rows, then its columns.
 _STEPS = {
@@ -58,16 +60,16 @@ def cut_batch(groups: Sequence[Tensor], images: list[Stored], resamples: Sequenc
         dtype: Type of the products. float16 rounds by up to a fifth of a level.
     """
     device = groups[0].device
-    linear = torch.tensor([resample == "bilinear" for resample in resamples]).to(device, non_blocking=True)
+    linear = send(torch.tensor([resample == "bilinear" for resample in resamples]), device)
     for part in _parts(images, sum(len(group) * group.shape[2] for group in groups)):
         sizes = [image.pixels.shape[1:] for image in part]
         sides = (-(-max(lengths) // 8) * 8 for lengths in zip(*sizes, strict=True))  # tensor cores need multiples of 8
         pixels = torch.zeros(len(part), 3, *sides, dtype=dtype, device=device)
         for room, image, (height, width) in zip(pixels, part, sizes, strict=True):
             room[:, :height, :width].copy_(image.pixels)
-        places = torch.tensor([image.place for image in part]).to(device, non_blocking=True)
-        boxes = torch.stack([image.boxes for image in part]).to(device, torch.float32, non_blocking=True)
-        ends = torch.tensor([[*image.pixels.shape[1:], *image.mirrored] for image in part]).to(device)[:, None]
+        places = send(torch.tensor([image.place for image in part]), device)
+        boxes = send(torch.stack([image.boxes for image in part]).float(), device)
+        ends = send(torch.tensor([[*image.pixels.shape[1:], *image.mirrored] for image in part]), device)[:, None]
         first = 0
         for group in groups:
             views, size = slice(first, first + len(group)), group.shape[2]

@@ -91,6 +91,24 @@ def test_several_jpegs_are_decoded_and_corrupt_ones_are_none() -> None:
     assert found[2].shape == found[0].shape, "grey becomes RGB"
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_failure_of_the_device_is_not_that_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError]
+) -> None:
+    pytest.importorskip("torchvision.io")
+    calls = []
+
+    def fail(*arguments: object) -> None:
+        calls.append(arguments)
+        raise kind("CUDA out of memory")
+
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", fail)
+    data = [torch.zeros(9, dtype=torch.uint8)] * 4
+    with pytest.raises(kind, match="out of memory"):
+        module.decode_jpegs(data, torch.device("cpu"))
+    assert len(calls) == 1
+
+
 def test_the_reason_why_a_device_decodes_no_jpegs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision.io")
     assert module.why_no_jpegs(torch.device("cpu")) is None

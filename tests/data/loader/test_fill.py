@@ -196,6 +196,7 @@ def fill(
     if kind is FileFiller:
         slot["lengths"] = torch.full((len(FRAMES),), 7)
         slot["turns"] = torch.zeros(len(FRAMES), dtype=torch.int64)
+        slot["refused"] = torch.zeros(1, dtype=torch.bool)
         slot["files"] = torch.zeros(len(FRAMES), 100_000, dtype=torch.uint8)
         slot["boxes"] = torch.zeros(len(FRAMES), 6 if clean else 4, 4, dtype=torch.int64)
     filler = kind(Cutter(views, 5, ImagesConfig(), finish=finish), source, cache, clips)

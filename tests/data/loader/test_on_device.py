@@ -14,6 +14,7 @@ from torch import Tensor
 from dinocli.data.decode import torch_codecs
 from dinocli.data.loader import on_device
 from dinocli.data.loader.batch import Batch
+from dinocli.data.loader.on_device import DeviceCutter
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
 from dinocli.data.views.crops import ViewConfig, ViewsConfig
@@ -115,6 +116,48 @@ def test_a_file_that_the_device_finds_corrupt_is_replaced_and_counted(
     assert compare(here, there) == pytest.approx(0, abs=1e-3), "all crops are those of the host"
     assert list(host.bad.reasons) == list(device.bad.reasons) == ["05.jpg"]
     assert device.share_on_device == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_device_that_decodes_no_file_of_a_batch_is_no_longer_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    for number in range(24):
+        photo(number).save(tmp_path / f"{number:02}.jpg", quality=95, subsampling=0)
+    asked, left = list[int](), list[int]()
+    decode = DeviceCutter.decode
+
+    def refuse(data: list[Tensor], where: torch.device) -> list[Tensor | None]:
+        asked.append(len(data))
+        return [None] * len(data)
+
+    def count(cutter: DeviceCutter, slot: dict[str, Tensor]) -> object:
+        left.append(int(slot["lengths"].count_nonzero()))
+        return decode(cutter, slot)
+
+    monkeypatch.setattr(on_device, "decode_jpegs", refuse)
+    monkeypatch.setattr(DeviceCutter, "decode", count)
+    here, _ = take(tmp_path, False, 9, workers=workers)
+    notes: list[str] = []
+    there, device = take(tmp_path, True, 9, workers=workers, note=notes.append)
+    assert compare(here, there) == pytest.approx(0, abs=1e-3), "all crops are those of the host"
+    assert device.share_on_device == 0
+    assert asked == [8]
+    assert notes == ["note: cpu decoded none of 8 JPEGs; the workers decode from now on"]
+    assert left[0] == 8 and left[-1] == 0, "the workers leave no file to the device"
+
+
+def test_a_device_that_refuses_a_few_files_is_asked_again(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, notes = list[int](), list[str]()
+
+    def refuse(data: list[Tensor], where: torch.device) -> list[Tensor | None]:
+        asked.append(len(data))
+        return [None] * len(data)
+
+    monkeypatch.setattr(on_device, "decode_jpegs", refuse)
+    take(mixed, True, 3, note=notes.append)
+    assert len(asked) == 3 and max(asked) < 8
+    assert not notes
 
 
 @pytest.mark.gpu
