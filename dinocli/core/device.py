@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from dinocli.core.distributed import local_rank, local_size, size
 from dinocli.core.errors import DinoError
@@ -47,16 +46,6 @@ def pick_device(name: str) -> torch.device:
             "--device auto",
         )
     return device
-
-
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values of the host to a device without waiting for it.
-
-    To CUDA they pass through pinned memory: a copy from other memory may wait for all work of the device before it.
-    """
-    if device.type == "cuda" and not values.is_cuda:
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: str, *, cached: bool = True) -> contextlib.AbstractContextManager[Any]:

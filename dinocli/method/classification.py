@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dinocli.core.device import send
+from dinocli.core.copies import send
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup, group_parameters
 from dinocli.engine.schedules import Clock, Schedule

@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dinocli.core.config import Config
-from dinocli.core.device import exactly, send
+from dinocli.core.copies import send
+from dinocli.core.device import exactly
 from dinocli.core.distributed import size
 from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
