@@ -289,7 +289,8 @@ class Muon(torch.optim.AdamW):
                 # AdamW looks for the step when a state is loaded.
                 self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
         momenta = [self.state[p]["momentum"] for p in matrices]
-        gradients, old, before = (torch.stack(each) for each in ([p.grad for p in matrices], momenta, matrices))
+        gradients = torch.stack([p.grad for p in matrices if p.grad is not None])
+        old, before = torch.stack(momenta), torch.stack(matrices)
         new = old.lerp(gradients, 1 - self._momentum)
         update = orthogonal(gradients.lerp(new, self._momentum)) * (0.2 * max(before.shape[1:]) ** 0.5)
         moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update

@@ -66,6 +66,7 @@ class TrainBatches:
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
         on_device: True to decode JPEGs on the device and cut their crops there, if that gives the same pixels.
+        dtype: Type of views that are made on a GPU; those of a CPU are float32.
         note: Callback that receives one-line messages for the user.
 
     Attributes:
@@ -96,9 +97,10 @@ class TrainBatches:
         clean: float | None = None,
         in_order: bool = False,
         on_device: bool = False,
+        dtype: torch.dtype = torch.float32,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._compiled = compiled
+        self._compiled, self._dtype = compiled, dtype
         self.bad = BadFiles()
         self._device_cutter: DeviceCutter | None = None
         self._source, self._views, self._device, self._seen = source, views, device, 0
@@ -194,10 +196,12 @@ class TrainBatches:
                 clean = None if clean is None else self._normalized(clean, mean, std)
             else:
                 crops = [
-                    augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
+                    augment(
+                        group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled, dtype=self._dtype
+                    )
                     for group, part in zip(groups, parts, strict=False)
                 ]
-                clean = None if clean is None else augment(clean, drawn.flips_only(n), mean, std)
+                clean = None if clean is None else augment(clean, drawn.flips_only(n), mean, std, dtype=self._dtype)
             copier.done(slot, self._ring.release)
             yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean, places)
 

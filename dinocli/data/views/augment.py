@@ -22,7 +22,15 @@ _CACHED = 2**18  # numbers at once on a CPU, so that an image stays in the cache
 _AT_ONCE = 2**26  # numbers at once on a GPU, so that intermediate results take a GB at most
 
 
-def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled: bool = False) -> Tensor:
+def augment(
+    crops: Tensor,
+    draws: Draws,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Make views of crops.
 
     Args:
@@ -32,22 +40,27 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
         std: Channel standard deviations of the data. [C]
         compiled: True to compile all operations with torch.compile, once for each shape. The views are the same, up to
             a level on a GPU, which blurs in float16.
+        dtype: Type of the views; all operations are in float32. A network that casts its input to this type sees the
+            same numbers, with half the memory traffic.
 
     Returns:
-        Normalized views. [V, B, C, H, H], float32
+        Normalized views. [V, B, C, H, H]
     """
     views, images = crops.shape[:2]
     if compiled:
-        return _augment_compiled(crops.flatten(0, 1), draws, mean, std).unflatten(0, (views, images))
+        return _augment_compiled(crops.flatten(0, 1), draws, mean, std, dtype).unflatten(0, (views, images))
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = blur_kernels(draws.radius.flatten(), min(crops.shape[2], _SHORT), crops.device)
     # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
-    out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
+    out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], dtype=dtype, device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)
-        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part])
-        normalize(out[part], mean, std)
+        made = out[part] if dtype == torch.float32 else torch.empty_like(out[part], dtype=torch.float32)
+        _augment(made, crops[part], _Steps._make(s[..., part] for s in steps), kernels[part])
+        normalize(made, mean, std)
+        if made.dtype != dtype:
+            out[part] = made
     return out.unflatten(0, (views, images))
 
 
@@ -273,7 +286,7 @@ _BLOCK = 32  # pixels at least; the fastest of the sizes tried
 # with numbers that change nothing if a step is skipped.
 
 
-def _augment_compiled(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
+def _augment_compiled(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """Make views [N, C, H, H] of crops [N, H, H, C], in parts of equal size."""
     order = draws.order.flatten(0, 1).long()  # [N, 4]
     factor = draws.factors.flatten(0, 1).gather(1, order)
@@ -290,7 +303,7 @@ def _augment_compiled(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) ->
     parts = -(-crops.numel() // _AT_ONCE)
     there = send(numbers, crops.device).chunk(parts, 1)
     run = _compile_once()
-    made = [run(part, each, mean, std) for part, each in zip(crops.chunk(parts), there, strict=True)]
+    made = [run(part, each, mean, std, dtype) for part, each in zip(crops.chunk(parts), there, strict=True)]
     return torch.cat(made) if parts > 1 else made[0]
 
 
@@ -300,7 +313,7 @@ def _compile_once() -> Callable[..., Tensor]:
     return torch.compile(_make_views, fullgraph=True, dynamic=False)
 
 
-def _make_views(crops: Tensor, numbers: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _make_views(crops: Tensor, numbers: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """Make views [N, C, H, H] of crops [N, H, H, C] by the numbers of each image. [24, N]
 
     Channels are separate tensors, because only loops of one shape become one kernel.
@@ -323,7 +336,7 @@ def _make_views(crops: Tensor, numbers: Tensor, mean: Tensor, std: Tensor) -> Te
     sharp = torch.stack(x, 1)  # [N, C, H, H]
     views = torch.where(blur[..., None], _blur_whole(sharp, box[..., 0, 0]), sharp)
     views = torch.where(solarize[..., None] & (views >= 128 / 255), 1 - views, views)
-    return ((views - mean[:, None, None]) / std[:, None, None]).contiguous()
+    return ((views - mean[:, None, None]) / std[:, None, None]).to(dtype).contiguous()
 
 
 def _mix(colors: list[Tensor]) -> Tensor:

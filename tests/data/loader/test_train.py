@@ -115,6 +115,27 @@ def test_two_processes_share_each_batch_of_one(images: Path) -> None:
             torch.testing.assert_close(crops, torch.cat(parts, 1), rtol=0, atol=1e-6)
 
 
+def test_views_that_are_made_on_a_device_have_the_type_asked_for(images: Path) -> None:
+    # The meta device holds no numbers, but takes the way of a GPU: views are made there, of crops from here.
+    stream = TrainBatches(
+        open_images(str(images)),
+        VIEWS,
+        batch_size=4,
+        seed=0,
+        device=torch.device("meta"),
+        clean=2.0,
+        dtype=torch.bfloat16,
+    )
+    batch = next(iter(stream))
+    stream.close()
+    views = (batch.global_crops, batch.local_crops, batch.clean_crops)
+    assert [(x.shape, x.dtype) for x in views if x is not None] == [
+        ((2, 4, 3, 24, 24), torch.bfloat16),
+        ((3, 4, 3, 16, 16), torch.bfloat16),
+        ((2, 4, 3, 48, 48), torch.bfloat16),
+    ]
+
+
 def test_a_later_start_gives_the_same_batches(images: Path) -> None:
     assert all(same(a, b) for a, b in zip(take(images, 7)[4:], take(images, 3, start=4), strict=True))
 

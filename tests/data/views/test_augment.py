@@ -12,6 +12,7 @@ from torchvision.transforms import functional as TF
 from dinocli.data.views import augment as augment_module
 from dinocli.data.views.augment import _blur, augment, blur_kernels
 from dinocli.data.views.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
+from dinocli.method.preset import load_preset
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -224,6 +225,24 @@ def test_the_graph_for_torch_compile_makes_the_same_views(
     monkeypatch.setattr(augment_module, "_compile_once", lambda: augment_module._make_views)
     views = some_views(size, channels)
     torch.testing.assert_close(augment(*views, compiled=True), augment(*views), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_views_in_bfloat16_are_those_of_float32_rounded_once(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    monkeypatch.setattr(augment_module, "_compile_once", lambda: augment_module._make_views)
+    views = some_views(24, 3)
+    coarse, fine = (augment(*views, compiled=compiled, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert coarse.dtype == torch.bfloat16 and fine.dtype == torch.float32
+    assert torch.equal(coarse, fine.bfloat16())
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-dino", "tiny-dinov2", "tiny-simdino"])
+def test_networks_see_the_same_numbers_in_views_of_bfloat16(preset: str) -> None:
+    network = load_preset(preset).network()
+    crops = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        one, other = (network.backbone(x).cls for x in (crops, crops.bfloat16()))
+    assert torch.equal(one, other)
 
 
 def test_large_batches_are_made_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
