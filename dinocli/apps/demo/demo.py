@@ -18,6 +18,7 @@ from dinocli.apps.demo.drawings import CLASSES, write_set
 from dinocli.core.atomic import write_json
 from dinocli.core.checksums import unseal
 from dinocli.core.errors import DinoError
+from dinocli.core.resources import cores
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.loader.plain import plain_batches
@@ -41,6 +42,7 @@ RECORD = "demo.json"  # settings and progress of the demo
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
 _KEEP = 0.6
+_DRAWING = 8  # most processes that draw
 _RAW_SIDE = 16  # pixels; at larger sizes, raw pixels classify worse
 
 
@@ -125,10 +127,11 @@ def demo(
     data, masks = folder / "data", folder / "masks"
     record = {"dinocli": "demo", "train_images": train_images, "val_images": val_images, "steps": steps}
     if not _begin(folder, record, note):
+        processes = min(cores(), _DRAWING) if train_images >= TRAIN_IMAGES else 1  # which take a second to start
         with stage("draw", 2, "sets of images") as advance:
-            write_set(data / "train", train_images, seed=0)
+            write_set(data / "train", train_images, seed=0, processes=processes)
             advance(1)
-            write_set(data / "val", val_images, seed=1, masks=masks)
+            write_set(data / "val", val_images, seed=1, masks=masks, processes=processes)
             advance(2)
         write_json(folder / RECORD, record | {"drawn": True, "done": False})
     # Training reads a plain folder of images; only the evaluation uses the labels.

@@ -11,9 +11,13 @@ form is a field over the picture: -1 in the middle, 0 on the edge, positive outs
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -380,18 +384,62 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     down, right = offset - round(-offset * math.sin(sun)), offset - round(-offset * math.cos(sun))
     picture[np.pad(mask, offset)[down : down + n, right : right + n]] *= 0.6
     picture = np.where(mask[..., None], object_pixels, picture) * np.float32(rng.uniform(0.9, 1.1))
-    reduced = np.clip(picture, 0, 1).reshape(size, 2, size, 2, 3).mean((1, 3))
+    picture = np.clip(picture, 0, 1)
+    # A tenth of the time of a mean over two axes, with the same bits.
+    reduced = (picture[::2, ::2] + picture[::2, 1::2] + picture[1::2, ::2] + picture[1::2, 1::2]) / np.float32(4)
     return Drawing((255 * reduced + 0.5).astype(np.uint8), mask.reshape(size, 2, size, 2).mean((1, 3)) >= 0.5, label)
 
 
-def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:
-    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks as masks/CLASS/00012.png (0, 255)."""
+def write_set(
+    folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None, processes: int = 1
+) -> None:
+    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks as masks/CLASS/00012.png (0, 255).
+
+    Args:
+        folder: Folder for the pictures.
+        images: Number of pictures.
+        size: Width and height in pixels.
+        seed: Seed of the set.
+        masks: Folder for masks. If None, none are written.
+        processes: Number of processes that draw; 1 draws in this one.
+    """
     for root in filter(None, (folder, masks)):
         for name in CLASSES[:images]:
             (root / name).mkdir(parents=True, exist_ok=True)
-    for index in range(images):
-        drawing = draw(index, size, seed)
-        stem = f"{CLASSES[drawing.label]}/{index:05d}"
-        Image.fromarray(drawing.image).save(folder / f"{stem}.jpg", quality=92)
-        if masks is not None:
-            Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(masks / f"{stem}.png")
+    write = partial(_write, folder=folder, size=size, seed=seed, masks=masks)
+    if processes == 1:
+        for index in range(images):
+            write(index)
+        return
+    # Spawned: a process with torch's threads must not be forked. Ctrl-C reaches all, and this one ends the others.
+    with (
+        _one_thread_each(),
+        get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+    ):
+        for _ in pool.imap_unordered(write, range(images), chunksize=_CHUNK):
+            pass
+
+
+_CHUNK = 50  # pictures of a process in a row
+_THREADS = "OPENBLAS_NUM_THREADS"  # of numpy's products
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let processes that start in the block multiply in one thread each: more would only wait for each other."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS)
+        if before is not None:
+            os.environ[_THREADS] = before
+
+
+def _write(index: int, *, folder: Path, size: int, seed: int, masks: Path | None) -> None:
+    drawing = draw(index, size, seed)
+    stem = f"{CLASSES[drawing.label]}/{index:05d}"
+    Image.fromarray(drawing.image).save(folder / f"{stem}.jpg", quality=92)
+    if masks is not None:
+        Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(masks / f"{stem}.png")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dinocli.apps.demo import drawings as drawings_module
 from dinocli.apps.demo.drawings import CLASSES, Drawing, draw, write_set
 
 
@@ -95,3 +97,16 @@ def test_masks_are_written_only_if_requested(tmp_path: Path) -> None:
     write_set(tmp_path, images=3, size=32)
     assert not list(tmp_path.rglob("*.png"))
     assert sorted(path.name for path in tmp_path.rglob("*.jpg")) == ["00000.jpg", "00001.jpg", "00002.jpg"]
+
+
+def test_several_processes_draw_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawings_module, "_CHUNK", 2)
+    before = dict(os.environ)
+    for count in (1, 2):
+        write_set(tmp_path / str(count), images=7, size=32, masks=tmp_path / f"{count}-masks", processes=count)
+    for one, other in (("1", "2"), ("1-masks", "2-masks")):
+        roots = tmp_path / one, tmp_path / other
+        files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")} for root in roots]
+        assert len(files[0]) == 7
+        assert files[0] == files[1]
+    assert dict(os.environ) == before
