@@ -133,6 +133,8 @@ class Cutter:
 
     def finish(self, slot: dict[str, Tensor], place: int, steps: list[Changes]) -> None:
         """Make the views of one image from its crops, right after the cut: then they are still in the cache."""
+        if not steps:
+            return
         crops = [view[place] for name in ("globals", "locals", "clean") if name in slot for view in slot[name]]
         for crop, one in zip(crops, steps, strict=False):
             self._augmenter(len(crop))(crop, one)
@@ -309,7 +311,8 @@ class FileFiller(ImageFiller):
         if not opened.for_device:
             return super()._fill(slot, place, row, tries, places)
         boxes = _with_clean(crop_boxes(tries, opened.height, opened.width), places)
-        slot["files"][place, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        # By numpy, since torch takes no bytes without a copy of its own.
+        slot["files"][place, : len(data)].numpy()[:] = np.frombuffer(data, np.uint8)
         slot["boxes"][place] = torch.tensor(boxes)
         slot["lengths"][place], slot["turns"][place] = len(data), opened.turn
         return None
