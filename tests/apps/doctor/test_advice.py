@@ -77,10 +77,10 @@ def test_a_cpu_gets_the_preset_tiny_with_the_measured_settings() -> None:
 
 def test_minutes_choose_a_measured_run() -> None:
     short = advise(CPU, images(9_469, 128), cost, minutes=3)
-    assert (name_of(short), preset_of(short).training.epochs) == ("tiny", 12)
-    assert value_of(short, "--epochs") == "12"
-    assert any("2.5 of 3 core minutes, as measured on Imagenette" in advice.reason for advice in short.settings)
-    assert short.command and "--preset tiny --batch-size 48 --epochs 12" in short.command
+    assert (name_of(short), preset_of(short).training.epochs) == ("tiny-muon", 9)
+    assert value_of(short, "--epochs") == "9"
+    assert any("2.2 of 3 core minutes, as measured on Imagenette" in advice.reason for advice in short.settings)
+    assert short.command and "--preset tiny-muon --batch-size 48 --epochs 9" in short.command
     with pytest.raises(DinoError, match="--minutes 1 is less than any measured run"):
         advise(CPU, images(9_469, 128), cost, minutes=1)
     with pytest.raises(DinoError, match="--minutes 3 needs measured runs"):

@@ -66,7 +66,9 @@ def test_the_nearest_number_of_images_counts_by_ratio() -> None:
 
 
 def test_the_longest_run_that_fits_the_minutes_is_chosen() -> None:
-    assert choose(9_469, 2.5).epochs == choose(9_469, 8.9).epochs == 12
+    short = choose(9_469, 2.2)
+    assert (short.preset, short.epochs) == ("tiny-muon", 9)
+    assert choose(9_469, 8.9) is short
     assert (choose(9_469, 9).preset, choose(9_469, 9).epochs) == ("tiny", 40)
-    with pytest.raises(DinoError, match=r"--minutes 1 is less than any measured run; expected 2\.5 or more"):
+    with pytest.raises(DinoError, match=r"--minutes 1 is less than any measured run; expected 2\.2 or more"):
         choose(9_469, 1)
