@@ -191,7 +191,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
     if cosines.min() < 0.99:
         sys.exit(f"{path.stem}: the features differ, so the device has read other images")
 END
-    for where in "$device" cpu; do # the scores of both are the same
+    for where in "$device" cpu; do # compare the two scores
         "${dino[@]}" knn --features "$scratch/on-$device-first" --k 5 --device "$where"
     done
     if [ "$device" != cpu ]; then # compiled views, and JPEGs decoded on the device; the last note has the share of these

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from dinocli.core.distributed import local_rank, local_size, size
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 from dinocli.core.resources import cores
 
 Precision = Literal["float32", "bfloat16"]
@@ -127,7 +127,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: (x * 2).relu())(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no Triton, an unknown Python: any error counts
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reason_of(error)
     return None
 
 

@@ -26,6 +26,11 @@ class DinoError(Exception):
         return DinoError, (self.message, self.hint)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's text; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def visible(text: str) -> str:
     r"""Escape characters that a terminal or a browser interprets or hides, such as the escape character as `\x1b`.
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinocli.core import foreach
+from dinocli.core.errors import reason_of
 from dinocli.engine.optim import AdamWConfig
 
 _CHUNK = 4096  # numbers per program
@@ -196,7 +197,7 @@ def why_not(device: torch.device) -> str | None:
         update.step(number, number, number == 0)
         Mover()([p], [torch.nn.Parameter(torch.ones_like(p))], number.float())
     except Exception as error:  # no compiler, an unknown Python: any error counts
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reason_of(error)
     return None
 
 

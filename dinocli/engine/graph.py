@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dinocli.core.errors import reason_of
 from dinocli.engine.optim import AdamWConfig, step_with_tensors
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.engine.trainer import Trainer, Values
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from dinocli.engine.fused import FusedAdamW
 
 _PLAIN_STEPS = 3  # of each form before its capture: they create moments and caches, and compile kernels
-# Largest difference between a graph's first step and the plain one: of loss and norm, and of the movement of all
-# values. Adam turns rounding into whole steps of the few values without a gradient, such as biases of keys.
-_NEAR_VALUES, _NEAR_MOVES = 0.01, 0.1
+# Largest difference between a graph's first step and the plain one, in parts: of loss and norm, and of the movement of
+# each kind of values. Adam turns rounding into whole steps of the few values without a gradient, such as biases of
+# keys. Differences below the last part of the values themselves are rounding.
+_NEAR_VALUES, _NEAR_MOVES, _ROUNDING = 0.01, 0.1, 1e-6
+_EXACT = "counts"  # the kind of values that must be equal
+_ROOM = 2.2  # memory of a step that must be free before a capture: for the graphs, for plain steps, and a tenth
 _MOST_GRAPHS = 8  # steps of further forms, such as rare crop sizes, stay plain
 _MOST_SCHEDULES = 64
 
@@ -81,8 +85,8 @@ class GraphTrainer(Trainer):
     these operators is the form of a step: whether it is logged, which groups are frozen, `Method.form`, and the shapes
     of the batch. Each form has its own graph, and all share memory. The first steps of a form are plain.
 
-    A new graph must first repeat a plain step: both start from the same state, and the state of the plain one stays. A
-    graph that moves the weights elsewhere is not used, nor is any other.
+    Before its use, a new graph and a plain step run from the same state, and training continues from that of the plain
+    step. If they differ, all graphs are dropped.
 
     Random draws are those of plain steps: a graph starts at the seed and the offset of torch's generator when it is
     replayed, and the trainer sets its seed before every step.
@@ -109,10 +113,16 @@ class GraphTrainer(Trainer):
         self._batches: dict[Hashable, Any] = {}  # that graphs read, by their shapes
         self._plain_steps: Counter[Hashable] = Counter()
         self._failed = False
-        self._plainly = False  # True in steps without anything of this class
+        self._plainly = False  # True during steps that use only the operators of `Trainer`
+        self._updating = False  # True once a step has begun to change parameters
         for group in self.optimizer.param_groups:
             group["capturable"] = True  # only checked: torch's fused steps always keep their counts on the device
         self.fused = self._fuse()
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """True if graphs take memory."""
+        return bool(self._graphs)
 
     def _run(self, batch: Any, clock: Clock, *, log: bool) -> Values:
         if self._failed:
@@ -133,22 +143,24 @@ class GraphTrainer(Trainer):
             return super()._run(batch, self.clock, log=log)
         before = self._copy_state()
         by_graph = _read(_replay(self._graphs[form], batch)), self._copy_state()
-        for tensor, old in zip(self._state(), before, strict=True):
-            tensor.copy_(old)
+        for kind, tensors in self._state().items():
+            for tensor, old in zip(tensors, before[kind], strict=True):
+                tensor.copy_(old)
         self._seed_draws()
         self._plainly = True
         try:
             values = self._with_enough_memory(lambda: Trainer._run(self, batch, self.clock, log=log), batch, log=log)
         finally:
             self._plainly = self._failed
-        if not self._failed and (fault := _compare(by_graph, (_read(values), self._copy_state()), before)):
-            self._give_up(f"a CUDA graph does not take the step that it replaces ({fault})")
+        if not self._failed and (fault := _compare(by_graph, (_read(values), self._state()), before)):
+            self._give_up(f"a CUDA graph differs from the plain step ({fault})")
         return values
 
     def _clip(self) -> Tensor:
         return self.fused.clip() if self.fused and not self._plainly else super()._clip()
 
     def _update(self, clock: Clock, done: Tensor) -> None:
+        self._updating = True
         if not isinstance(clock, DeviceClock):
             super()._update(clock, done)
             return
@@ -185,32 +197,37 @@ class GraphTrainer(Trainer):
 
     def _run_beside(self, batch: Any, clock: Clock, *, log: bool) -> Values:
         """Run a plain step on the stream of the captures, as torch asks for before a capture."""
+        main = torch.cuda.current_stream(self.skipped.device)
 
         def run() -> Values:
-            with torch.cuda.stream(self._stream):
-                return Trainer._run(self, batch, clock, log=log)
+            self._stream.wait_stream(main)
+            try:
+                with torch.cuda.stream(self._stream):
+                    return Trainer._run(self, batch, clock, log=log)
+            finally:
+                main.wait_stream(self._stream)
 
-        main = torch.cuda.current_stream(self.skipped.device)
-        self._stream.wait_stream(main)
-        values = self._with_enough_memory(run, batch, log=log)
-        main.wait_stream(self._stream)
-        return values
+        return self._with_enough_memory(run, batch, log=log)
 
     def _with_enough_memory(self, run: Callable[[], Values], batch: Any, *, log: bool) -> Values:
         """Run a plain step; if the memory is too small for it beside graphs, free these and run it again."""
-        buffers = [buffer.clone() for buffer in self.method.buffers()]
+        buffers = [buffer.clone() for buffer in self.method.buffers()]  # a forward pass may change them
+        self._updating = False
         try:
             return run()
-        except torch.OutOfMemoryError:  # of activations and gradients: no parameter has changed yet
-            if not self._graphs:
+        except torch.OutOfMemoryError:
+            if not self._graphs or self._updating:
                 raise
             for buffer, old in zip(self.method.buffers(), buffers, strict=True):
                 buffer.copy_(old)
-            self._give_up("the memory is too small for CUDA graphs beside other steps")
+            self._give_up(_NO_ROOM)
         return Trainer._run(self, batch, self.clock, log=log)
 
     def _capture(self, form: Hashable, shapes: Hashable, batch: Any, clock: Clock, *, log: bool) -> bool:
-        """Capture a step of a form without running it; return False if CUDA refuses."""
+        """Capture a step of a form without running it; return False if CUDA refuses, or the memory is too small."""
+        if not self._graphs and not _has_room(self.skipped.device):
+            self._give_up(_NO_ROOM)
+            return False
         if shapes not in self._batches:
             self._batches[shapes] = _map_tensors(torch.clone, batch)
         own, graph = self._batches[shapes], torch.cuda.CUDAGraph()
@@ -221,7 +238,7 @@ class GraphTrainer(Trainer):
                 values = super()._run(own, clock, log=log)
         except RuntimeError as error:
             torch.cuda.set_stream(main)  # torch leaves the stream of the capture in place if its end fails too
-            self._give_up(f"this step cannot be captured as a CUDA graph ({_first_line(error.__context__ or error)})")
+            self._give_up(f"this step cannot be captured as a CUDA graph ({reason_of(error.__context__ or error)})")
             return False
         if self.fused:
             self.fused.fill()
@@ -237,16 +254,36 @@ class GraphTrainer(Trainer):
         self._seed_draws()
         self._note(f"note: {reason}; training with plain steps")
 
-    def _copy_state(self) -> list[Tensor]:
-        """Copy the state to the host, where there is more room."""
-        return [tensor.to("cpu", copy=True) for tensor in self._state()]
+    def _copy_state(self) -> dict[str, list[Tensor]]:
+        """Copy the state to the host: the device may have no room for it."""
+        return {kind: [tensor.to("cpu", copy=True) for tensor in tensors] for kind, tensors in self._state().items()}
 
-    def _state(self) -> list[Tensor]:
-        """Return all tensors that a step may change."""
-        moments = (value for slots in self.optimizer.state.values() for value in slots.values())
-        scale = (self.scale.factor, self.scale.streak) if self.scale else ()
-        found = [*self.method.parameters(), *self.method.buffers(), *moments, *scale, self.skipped]
-        return [tensor.detach() for tensor in found if isinstance(tensor, Tensor)]
+    def _state(self) -> dict[str, list[Tensor]]:
+        """Return all tensors that a step may change, by kind: those of a kind move by similar lengths."""
+        kinds: dict[str, list[Tensor]] = defaultdict(list)
+        for p in self.method.parameters():
+            kinds["weights" if p.requires_grad else "averages"].append(p.detach())
+        for name, buffer in self.method.named_buffers():
+            kinds[name if buffer.is_floating_point() else _EXACT].append(buffer)
+        for slots in self.optimizer.state.values():
+            for name, value in slots.items():
+                if isinstance(value, Tensor):
+                    kinds[_EXACT if name == "step" else name].append(value)
+        kinds[_EXACT] += [self.skipped, *((self.scale.factor, self.scale.streak) if self.scale else ())]
+        return kinds
+
+
+_NO_ROOM = "the memory is too small for CUDA graphs beside other steps"
+
+
+def _has_room(device: torch.device) -> bool:
+    """Return True if the memory holds graphs, which keep that of a step, beside plain steps and evaluations."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    now = torch.cuda.memory_allocated(device)
+    step = torch.cuda.max_memory_allocated(device) - now
+    return free + torch.cuda.memory_reserved(device) - now >= _ROOM * step
 
 
 def _replay(captured: _Captured, batch: Any) -> Values:
@@ -260,25 +297,25 @@ def _read(values: Values) -> dict[str, float]:
     return {name: float(values[name]) for name in ("loss", "grad_norm")}
 
 
-_Step = tuple[dict[str, float], list[Tensor]]  # values that a step returned, and the state after it
+_Step = tuple[dict[str, float], dict[str, list[Tensor]]]  # values that a step returned, and the state after it
 
 
-def _compare(by_graph: _Step, plain: _Step, before: list[Tensor]) -> str:
+def _compare(by_graph: _Step, plain: _Step, before: dict[str, list[Tensor]]) -> str:
     """Return what differs between two steps from one state; nothing if they are the same up to rounding."""
     for name, value in plain[0].items():
         if not math.isclose(by_graph[0][name], value, rel_tol=_NEAR_VALUES) and math.isfinite(value):
             return f"{name} {by_graph[0][name]:.6g} instead of {value:.6g}"
-    apart = moved = 0.0
-    for one, other, old in zip(by_graph[1], plain[1], before, strict=True):
-        apart += float((one.double() - other.double()).square().sum())
-        moved += float((other.double() - old.double()).square().sum())
-    if not apart <= _NEAR_MOVES**2 * moved:
-        return f"{math.sqrt(apart):.3g} away, where the step is {math.sqrt(moved):.3g} long"
+    for kind, tensors in plain[1].items():
+        apart = moved = size = 0.0
+        for tensor, one, old in zip(tensors, by_graph[1][kind], before[kind], strict=True):
+            other, first = tensor.cpu().double(), old.double()
+            apart += float((one.double() - other).square().sum())
+            moved += float((other - first).square().sum())
+            size += float(first.square().sum())
+        allowed = 0.0 if kind == _EXACT else _NEAR_MOVES**2 * moved + _ROUNDING**2 * size
+        if not apart <= allowed:
+            return f"{kind} {math.sqrt(apart):.3g} away after a step of length {math.sqrt(moved):.3g}"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:

@@ -276,7 +276,7 @@ class Muon(torch.optim.AdamW):
         skipped = getattr(self, "found_inf", None)
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None] if group["hidden"] else []
-            for alike in _stackable(matrices):
+            for alike in _group_by_shape(matrices):
                 self._move(alike, group, skipped)
                 for p in alike:
                     p.grad = None  # nothing is left for AdamW
@@ -301,10 +301,10 @@ class Muon(torch.optim.AdamW):
         torch._foreach_copy_(matrices, list(moved.unbind()))
 
 
-_STACKED = 2**24  # numbers of matrices that are updated together, which bounds the memory of the copies
+_STACKED = 2**24  # most values updated together; bounds the memory of the copies
 
 
-def _stackable(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _group_by_shape(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield lists of matrices of one shape, in as few launches as their copies' memory allows."""
     for shape in dict.fromkeys(p.shape for p in matrices):
         alike = [p for p in matrices if p.shape == shape]

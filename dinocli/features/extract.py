@@ -232,6 +232,7 @@ def _compute(loaded: Iterator[Plain], encoder: Encoder, tokens: TokenChoice, blo
     launched: deque[Callable[[], _Features]] = deque()
     for batch in loaded:
         launched.append(_launch(batch, encoder, tokens, blocks))
+        del batch  # its images, whose memory the next batch needs
         if len(launched) > _AHEAD.get(encoder.device.type, 0):
             yield launched.popleft()()
     for wait in launched:
@@ -247,7 +248,6 @@ def _launch(batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) ->
             beside = (encoder.features(view, tokens, blocks).float() for view in batch.views)
             values = torch.stack([values, *beside], dim=1)  # [B, 1+K, D]
         arriving = fetch(values)
-    # Without its images, whose memory the next batch needs.
     return partial(_Features.of, batch._replace(images=torch.empty(0), views=None), arriving)
 
 

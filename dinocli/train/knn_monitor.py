@@ -154,9 +154,9 @@ def decode_all(source: Images, preset: Preset, workers: int) -> tuple[Tensor, li
 
 
 def steps_between_evaluations(images: int, steps: int, batch_size: int, views: ViewsConfig) -> int:
-    """Return the steps between evaluations: 20 of them follow the first step, or fewer if all would take over 5 %.
+    """Return the steps between evaluations: 20 evaluations after the first, or fewer to stay within 5 % of the time.
 
-    A run is evaluated before its first step and after its last in any case, also if it is so short that these two take
+    A run is evaluated before its first step and after its last in any case, even if it is so short that these two take
     over 5 %. Steps count as cheap as they are with the smallest crops, because evaluations keep the full size.
 
     Args:

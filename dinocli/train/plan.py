@@ -93,7 +93,8 @@ class Plan:
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
         compiled: If True, compile the transformer blocks and the augmentation.
         recompute: If True, use activation checkpointing for the student's blocks, to save memory.
-        graph: True to capture steps as CUDA graphs. If None, they are captured wherever a run fits them.
+        graph: True to capture steps as CUDA graphs. If None, they are captured on CUDA in one process, without
+            accumulation and activation checkpointing.
 
     Raises:
         DinoError: If `graph` does not fit the device or other settings, the batch cannot be split evenly over the

@@ -243,6 +243,8 @@ def _choose_kernels(plan: Plan, method: AnyMethod, note: Callable[[str], None]) 
 
 
 def _batches(plan: Plan, trainer: Trainer, method: AnyMethod, note: Callable[[str], None]) -> TrainBatches:
+    # Only where all networks cast their input as the first thing: teachers of features resize it, in float32.
+    coarse = plan.precision == "bfloat16" and isinstance(method, SelfDistillation)
     return TrainBatches(
         plan.source,
         plan.loaded_views,
@@ -259,5 +261,6 @@ def _batches(plan: Plan, trainer: Trainer, method: AnyMethod, note: Callable[[st
         grid=method.student.backbone.grid,
         clean=plan.preset.clean_scale,
         on_device=plan.decode == "gpu",
+        dtype=torch.bfloat16 if coarse else torch.float32,
         note=note,
     )

@@ -14,6 +14,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import STAGES
 from dinocli.data.loader.batch import BadFiles, Batch
 from dinocli.data.loader.train import TrainBatches
+from dinocli.engine.graph import GraphTrainer
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.models.network import Network
@@ -133,21 +134,20 @@ class Session:
     def _too_large(self) -> DinoError:
         """Return the error for a lack of memory in what was being done, with what lessens the memory of that."""
         plan, fewer = self.plan, f"--batch-size {max(1, self.plan.preset.training.batch_size // 2)}"
+        graphs = "--no-graph" if isinstance(self.trainer, GraphTrainer) and self.trainer.keeps_graphs else ""
         if self._during == "evaluation":
-            optional = {
-                "--no-graph": plan.captures,
-                "no --monitor": plan.monitor,
-                "--no-report": plan.report and not plan.keep_best,
-            }
+            optional = {"no --monitor": plan.monitor, "--no-report": plan.report and not plan.keep_best}
             without = " and ".join(option for option, used in optional.items() if used)
             return DinoError(
                 "the device's memory is too small for an evaluation beside the networks in training",
-                " or ".join(filter(None, (without, fewer))),
+                " or ".join(filter(None, (graphs, without, fewer))),
             )
         each, parts = plan.images_each, plan.accumulate
         if self._during == "views":  # of the whole batch at once
-            graphs = "--no-graph or " if plan.captures else ""
-            return DinoError(f"the device's memory is too small for the views of a batch of {each}", graphs + fewer)
+            return DinoError(
+                f"the device's memory is too small for the views of a batch of {each}",
+                " or ".join(filter(None, (graphs, fewer))),
+            )
         same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
         if not plan.recompute and self.network.blocks:
             same.append("--recompute")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 from dinocli.core.version import __version__
 from dinocli.features.encoder import Encoder, TokenChoice, features_of
 from dinocli.models.transformer import Transformer
@@ -79,7 +79,7 @@ def _graphs_can_fail(shape: GraphShape) -> Iterator[None]:
         yield
     # Tracing an arbitrary network may raise any type of error.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         hint = "omit --any-size, or use --to timm" if shape.free else "--to timm"
         raise DinoError(f"torch cannot export a graph of this network: {reason}", hint) from error
 

@@ -128,7 +128,7 @@ def test_the_memory_of_muons_copies_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     mine, again = drawn(), drawn()
     for parameters, most in ((mine, 2 * 24 * 36), (again, 100)):
         monkeypatch.setattr(optim, "_STACKED", most)
-        lists = list(optim._stackable(parameters[:3]))
+        lists = list(optim._group_by_shape(parameters[:3]))
         assert [len(alike) for alike in lists] == ([2, 1] if parameters is mine else [1, 1, 1])
         optimizer = muon_of(parameters)
         set_rates(optimizer, 0.01, 0.1)

@@ -215,6 +215,22 @@ def test_a_dry_run_refuses_a_folder_with_only_corrupt_states_as_the_run_does(pla
         pretrain(plan, lambda p: None)
 
 
+def test_views_have_the_precision_of_a_run_whose_networks_cast_them(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The meta device takes the way of a GPU.
+    monkeypatch.setattr("dinocli.core.device.has_bfloat16", lambda device: True)
+    on_device = replace(plan, device=torch.device("meta"))
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        training = plan.preset.training.model_copy(update={"precision": precision})
+        those = replace(on_device, preset=plan.preset.model_copy(update={"training": training}))
+        method = plan.preset.method()
+        trainer = Trainer(method, plan.preset.optimizer, Clock(4, 3), batch_size=4)
+        batches = pretraining._batches(those, trainer, method, lambda line: None)
+        assert next(iter(batches)).global_crops.dtype == dtype
+        batches.close()
+
+
 def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
     with pytest.raises(DinoError, match="does not exist"):
         pretrain(replace(plan, init="missing.pth"), lambda p: None)

@@ -127,7 +127,7 @@ def demo(
     data, masks = folder / "data", folder / "masks"
     record = {"dinocli": "demo", "train_images": train_images, "val_images": val_images, "steps": steps}
     if not _begin(folder, record, note):
-        processes = min(cores(), _DRAWING) if train_images >= TRAIN_IMAGES else 1  # which take a second to start
+        processes = min(cores(), _DRAWING) if train_images >= TRAIN_IMAGES else 1  # starting them takes a second
         with stage("draw", 2, "sets of images") as advance:
             write_set(data / "train", train_images, seed=0, processes=processes)
             advance(1)

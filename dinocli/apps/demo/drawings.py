@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from dinocli.core.errors import DinoError
+from dinocli.core.signals import held_back
 
 Field = NDArray[Any]  # float32 [n, n], one value per pixel of the supersampled picture
 Ink = NDArray[Any]  # float32 [3], RGB in [0, 1]
@@ -329,6 +332,7 @@ KINDS: dict[str, Callable[[Pen], Iterator[Layer]]] = {
 }
 CLASSES: tuple[str, ...] = tuple(sorted(KINDS))
 SLACK = 0.2  # largest part of an object outside the picture, in picture widths
+_THREADS = "OPENBLAS_NUM_THREADS"  # of numpy's products
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -408,38 +412,47 @@ def write_set(
             (root / name).mkdir(parents=True, exist_ok=True)
     write = partial(_write, folder=folder, size=size, seed=seed, masks=masks)
     if processes == 1:
-        for index in range(images):
-            write(index)
+        write(range(images))
         return
-    # Spawned: a process with torch's threads must not be forked. Ctrl-C reaches all, and this one ends the others.
-    with (
-        _one_thread_each(),
-        get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
-    ):
-        for _ in pool.imap_unordered(write, range(images), chunksize=_CHUNK):
-            pass
-
-
-_CHUNK = 50  # pictures of a process in a row
-_THREADS = "OPENBLAS_NUM_THREADS"  # of numpy's products
+    # Spawned: forking a process with torch's threads is unsafe. Each has its share, so none waits for another, and all
+    # end soon if this process dies.
+    make = get_context("spawn").Process
+    workers = [make(target=write, args=(range(i, images, processes),), daemon=True) for i in range(processes)]
+    try:
+        with _for_children():
+            for worker in workers:
+                worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.pid:
+                worker.kill()
+    if any(worker.exitcode for worker in workers):
+        raise DinoError("a process that draws has ended early", "free memory, and run the same command again")
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let processes that start in the block multiply in one thread each: more would only wait for each other."""
+def _for_children() -> Iterator[None]:
+    """Set for processes that start in the block: one thread each for products, and no Ctrl-C, which this one handles.
+
+    For matrices this small, more threads only wait for each other.
+    """
     before = os.environ.get(_THREADS)
     os.environ[_THREADS] = "1"
     try:
-        yield
+        with held_back([signal.SIGINT]):
+            yield
     finally:
         os.environ.pop(_THREADS)
         if before is not None:
             os.environ[_THREADS] = before
 
 
-def _write(index: int, *, folder: Path, size: int, seed: int, masks: Path | None) -> None:
-    drawing = draw(index, size, seed)
-    stem = f"{CLASSES[drawing.label]}/{index:05d}"
-    Image.fromarray(drawing.image).save(folder / f"{stem}.jpg", quality=92)
-    if masks is not None:
-        Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(masks / f"{stem}.png")
+def _write(indices: Iterable[int], *, folder: Path, size: int, seed: int, masks: Path | None) -> None:
+    for index in indices:
+        drawing = draw(index, size, seed)
+        stem = f"{CLASSES[drawing.label]}/{index:05d}"
+        Image.fromarray(drawing.image).save(folder / f"{stem}.jpg", quality=92)
+        if masks is not None:
+            Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(masks / f"{stem}.png")

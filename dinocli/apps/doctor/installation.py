@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from dinocli.core.device import autocast
+from dinocli.core.errors import reason_of
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage
 
@@ -87,11 +88,11 @@ def _check_imports() -> dict[str, str]:
 
         nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
     except Exception as error:  # a build for another torch raises ImportError, OSError or RuntimeError
-        faults[f"torchvision does not work: {_first_line(error)}"] = "pip install --force-reinstall torch torchvision"
+        faults[f"torchvision does not work: {reason_of(error)}"] = "pip install --force-reinstall torch torchvision"
     try:
         import timm  # noqa: F401
     except Exception as error:
-        faults[f"timm cannot be loaded: {_first_line(error)}"] = "pip install --force-reinstall timm"
+        faults[f"timm cannot be loaded: {reason_of(error)}"] = "pip install --force-reinstall timm"
     return faults
 
 
@@ -109,7 +110,7 @@ def _check_device(device: torch.device) -> dict[str, str]:
     try:
         fault = _check_computing(device)
     except Exception as error:  # a torch built without this device fails here
-        fault = _first_line(error)
+        fault = reason_of(error)
     hint = "another --device, or a torch built for this one"
     return {f"computing on {device} failed: {fault}": hint} if fault else {}
 
@@ -126,7 +127,3 @@ def _check_computing(device: torch.device) -> str:
     loss.backward()
     fine = weights.grad is not None and bool(torch.isfinite(weights.grad).all())
     return "" if fine else "the gradient of a small step is not finite"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

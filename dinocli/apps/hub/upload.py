@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
@@ -49,7 +49,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload a model of dinocli")
     # The client raises errors of several HTTP libraries, by version.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise DinoError(
             f"the hub did not take {repository}: {reason}",
             f"check the token (hf auth whoami) and the network; {folder} is complete: hf upload {repository} {folder}",

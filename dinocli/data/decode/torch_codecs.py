@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dinocli.core.errors import reason_of
 from dinocli.data.decode.pixels import Pixels
 
 if TYPE_CHECKING:
@@ -105,5 +106,5 @@ def why_no_jpegs(where: device) -> str | None:
         import_module("torchvision.io")
         (found,) = decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], where)
     except Exception as error:  # not installed, or built for another torch (OSError, RuntimeError, AttributeError)
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return reason_of(error)
     return None if found is not None and found.shape == (3, 16, 16) else "torchvision was built without nvJPEG"

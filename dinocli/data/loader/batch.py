@@ -119,7 +119,7 @@ def file_fields(crops: int, batch_size: int) -> ring.Fields:
         "files": ring.Field((batch_size, _FILE_BYTES), torch.uint8, pinned=False),
         "lengths": ring.Field((batch_size,), torch.int64),  # bytes; 0 for an image whose crops are in the slot
         "turns": ring.Field((batch_size,), torch.int64),  # EXIF orientation
-        "refused": ring.Field((1,), torch.bool),  # True if the device decodes no file of this batch
+        "refused": ring.Field((1,), torch.bool),  # True if workers must decode every file of this batch
         "boxes": ring.Field((batch_size, crops, 4), torch.int64),
     }
 

@@ -1,4 +1,4 @@
-"""Copies of batches from their slots to the device, beside its work."""
+"""Asynchronous copies of batches from their slots to the device."""
 
 from __future__ import annotations
 

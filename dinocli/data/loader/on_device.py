@@ -25,7 +25,7 @@ class DeviceCutter:
 
     Attributes:
         decoded: Number of images that the device has decoded.
-        fails: True once the device has decoded no file of a batch; then it is no longer asked.
+        fails: True after the device decoded no file of a batch; it is then skipped.
     """
 
     def __init__(self, filler: ImageFiller, device: torch.device, note: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Shard, slots_for, view_fields
 from dinocli.data.loader.copier import Copier
-from dinocli.data.loader.fill import Cutter, PlainFiller
+from dinocli.data.loader.fill import Cutter, PlainFiller, Seen
 from dinocli.data.loader.ring import Ring
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import Source
@@ -100,29 +100,35 @@ def plain_batches(
     )
     there = [torch.tensor(values, device=device) for values in (mean, std)]
     copier, empty = Copier(device), 0
+
+    def finish(number: int, slot: int, arrays: dict[str, Tensor], seen: list[Seen]) -> Plain:
+        """Move a slot to the device, and release it."""
+        good = [s for s in seen if not s.reason]
+        kept = [s.place for s in good]
+        # Whole arrays, because only they are pinned; rows are selected on the device.
+        names = ["images", *(name for name in ("globals", "locals") if cutter and kept and arrays[name].numel())]
+        pixels, *crops = (copier(arrays[name], needed=bool(kept)) for name in names)
+        copier.wait()
+        normal = normalize(_select(pixels, kept).float() / 255, *there)
+        views = None
+        if crops and cutter:
+            drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
+            views = _views(crops, kept, drawn, *there, finished=cutter.finishes)
+        copier.done(slot, filled.release)
+        bad = [(s.name, s.reason) for s in seen if s.reason]
+        return Plain(normal, [s.name for s in good], [s.label for s in good], bad, views, number)
+
     try:
         for number, (slot, arrays, told) in zip(itertools.count(shard.rank, shard.processes), filled, strict=False):
             seen = sorted(told)
-            good = [s for s in seen if not s.reason]
-            kept = [s.place for s in good]
-            # Whole arrays, because only they are pinned; rows are selected on the device.
-            names = ["images", *(name for name in ("globals", "locals") if cutter and kept and arrays[name].numel())]
-            pixels, *crops = (copier(arrays[name], needed=bool(kept)) for name in names)
-            copier.wait()
-            normal = normalize(_select(pixels, kept).float() / 255, *there)
-            views = None
-            if crops and cutter:
-                drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
-                views = _views(crops, kept, drawn, *there, finished=cutter.finishes)
-            copier.done(slot, filled.release)
             # One worker's stream may end before another's: the pass ends once every worker had an empty turn.
             empty = 0 if seen else empty + 1
             if empty > (workers if isinstance(source, Shards) else 0):
                 return
             if seen or shard.processes > 1:
-                bad = [(s.name, s.reason) for s in seen if s.reason]
-                names, labels = [s.name for s in good], [s.label for s in good]
-                yield Plain(normal, names, labels, bad, views, number)
+                yield finish(number, slot, arrays, seen)  # without a name: the next batch needs its memory
+            else:
+                filled.release(slot)
     finally:
         filled.close()
 

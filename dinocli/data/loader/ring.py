@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dinocli.core.distributed import end_with
 from dinocli.core.errors import DinoError
+from dinocli.core.signals import held_back
 
 _STUCK = 300.0  # seconds for one chunk of a batch; decoding that takes longer will not end
 # Forked processes inherit the shared memory; elsewhere torch passes it on by name.
@@ -170,7 +171,7 @@ class Ring(Generic[Note]):
         for lane, tasks in enumerate(self._queues):
             words = (starter, lane, workers, make, self._slots, tasks, self._done)
             self._processes.append(context.Process(target=_work, args=words, daemon=True))
-        with _hold_back(_MINDED):  # until a worker ignores them, it would handle them as this process does
+        with held_back(_MINDED):  # until a worker ignores them, it would handle them as this process does
             for process in self._processes:
                 process.start()
         # Kill the workers when this process exits or drops the ring: they ignore SIGINT, SIGTERM and SIGUSR1.
@@ -252,19 +253,6 @@ class _Starter(NamedTuple):
 
     process: int
     main: bool
-
-
-@contextlib.contextmanager
-def _hold_back(signals: Sequence[int]) -> Iterator[None]:
-    """Block signals for this process, and for those that it starts, until the `with` block ends."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(

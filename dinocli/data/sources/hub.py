@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 
 HUB = "hf://datasets/"
 _TRIES, _PAUSE = 5, 0.5  # attempts, and seconds after the first, doubled after each
@@ -32,7 +32,7 @@ def fetch_dataset(spec: str) -> Path:
             return Path(_download(name, revision, folder), folder or "")
         except _Passing as failure:  # finished files are kept
             if attempt == _TRIES - 1:
-                raise _failure(spec, failure.__cause__) from failure
+                raise _failure(spec, failure.__cause__ or failure) from failure
             time.sleep(_PAUSE * 2**attempt)
         except (OSError, ValueError) as error:  # errors of the hub's package are OSErrors
             raise _failure(spec, error) from error
@@ -60,8 +60,8 @@ def _download(name: str, revision: str | None, folder: str | None) -> str:
         raise _Passing from error
 
 
-def _failure(spec: str, error: BaseException | None) -> DinoError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+def _failure(spec: str, error: BaseException) -> DinoError:
+    said = reason_of(error)
     return DinoError(
         f"{spec} could not be downloaded: {said}", "check name and network; for private sets: hf auth login"
     )

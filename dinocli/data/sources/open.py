@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from dinocli.core.errors import DinoError, nearest
+from dinocli.core.errors import DinoError, nearest, reason_of
 from dinocli.core.resources import cache_folder
 from dinocli.data.decode.extras import MEDICAL, SLIDES
 from dinocli.data.decode.pixels import Data
@@ -452,7 +452,7 @@ def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
                 continue  # the set lacks this split
             raise DinoError(f"torchvision's {exact} has no split {part!r}: {error}", f"{TORCHVISION}{exact}") from error
         except (RuntimeError, OSError, TypeError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = reason_of(error)
             raise DinoError(
                 f"torchvision could not load {exact}: {said}",
                 f"put its files into {options['root']}, or name a folder of images",

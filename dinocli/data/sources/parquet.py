@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 from dinocli.data.sources.indexed import StoredImages, number_labels
 from dinocli.data.sources.kinds import kind_of
@@ -115,7 +115,7 @@ class RowGroups:
             try:
                 kept = _read_group(self._open(path), number, column)
             except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = reason_of(error)
                 raise Refused(f"damaged: row group {number} of {path}: {said}") from error
         self._kept[group] = kept
         while len(self._kept) > 1 and sum(self.sizes[g] for g in self._kept) > _KEPT:
@@ -287,7 +287,7 @@ def _list_file(path: str) -> _Table:
             empty = sum(_column_of(batch, image).null_count for batch in file)
             labels = [value for batch in file for value in batch[label].to_pylist()] if label else []
     except (OSError, ValueError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = reason_of(error)
         raise DinoError(f"{path} cannot be read: {said}", "copy or download it again") from error
     if path.lower().endswith(PARQUET) and max(sizes, default=0) > _LARGEST:
         name = os.path.basename(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dinocli.core.atomic import atomic
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 from dinocli.core.resources import cache_folder
 from dinocli.data.images import megabytes_over
 from dinocli.data.sources.regular import Refused
@@ -94,7 +94,7 @@ class Store:
             try:
                 return request()
             except denied as error:
-                raise Denied(f"{address} may not be read: {_first_line(error)}", _CREDENTIALS) from error
+                raise Denied(f"{address} may not be read: {reason_of(error)}", _CREDENTIALS) from error
             except (DinoError, Refused):  # no failure of the connection
                 raise
             except Exception as error:  # fsspec's packages raise errors of many libraries
@@ -103,7 +103,7 @@ class Store:
                 if attempt == tries - 1:
                     # The missing file of `_hides_failure` has only the address; its cause names the failure.
                     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
-                    reason = _first_line(cause if isinstance(cause, Exception) else error)
+                    reason = reason_of(cause if isinstance(cause, Exception) else error)
                     raise DinoError(
                         f"{address} cannot be read after {tries} attempts: {reason}",
                         "check the address and the network, and run the same command again: it resumes",
@@ -178,10 +178,6 @@ def _no_credentials() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (NoCredentialsError,)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def size_of(about: Mapping[str, Any]) -> int:

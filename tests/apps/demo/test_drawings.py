@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import os
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.apps.demo import drawings as drawings_module
 from dinocli.apps.demo.drawings import CLASSES, Drawing, draw, write_set
+from dinocli.core.errors import DinoError
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,9 @@ def test_masks_are_written_only_if_requested(tmp_path: Path) -> None:
 
 
 def test_several_processes_draw_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawings_module, "_CHUNK", 2)
+    started: list[int] = []
+    start = SpawnProcess.start
+    monkeypatch.setattr(SpawnProcess, "start", lambda process: (start(process), started.append(process.pid)))
     before = dict(os.environ)
     for count in (1, 2):
         write_set(tmp_path / str(count), images=7, size=32, masks=tmp_path / f"{count}-masks", processes=count)
@@ -109,4 +112,17 @@ def test_several_processes_draw_the_same_pictures(tmp_path: Path, monkeypatch: p
         files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")} for root in roots]
         assert len(files[0]) == 7
         assert files[0] == files[1]
+    assert len(started) == 2
     assert dict(os.environ) == before
+
+
+def test_a_process_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SpawnProcess.start
+
+    def start_and_kill(process: SpawnProcess) -> None:
+        start(process)
+        process.kill()
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_kill)
+    with pytest.raises(DinoError, match="a process that draws has ended early"):
+        write_set(tmp_path, images=4, size=32, processes=2)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -217,19 +216,6 @@ with held(Path(sys.argv[1])):
         pass
     # The workers hold the pipe open: reading it to its end waits for the last of them.
     assert run.communicate(timeout=30) == ("", None)
-
-
-def test_signals_during_the_start_of_workers_reach_only_this_process() -> None:
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        with ring._hold_back([signal.SIGINT]):
-            # To this thread: a signal to the process may reach a thread that a library started.
-            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-            assert not came
-        assert came == [signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Runtime:
