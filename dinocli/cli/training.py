@@ -72,8 +72,8 @@ Graph = Annotated[
     bool | None,
     typer.Option(
         "--graph/--no-graph",
-        help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. On by default on CUDA, in "
-        "one process without --accumulate and --recompute.",
+        help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. Default: on CUDA, in one "
+        "process without --accumulate and --recompute.",
         rich_help_panel=SPEED,
     ),
 ]
