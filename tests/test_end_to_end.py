@@ -77,7 +77,6 @@ def test_five_commands_one_after_another(
 
 
 @pytest.mark.slow
-@pytest.mark.job
 @pytest.mark.parametrize(("channels", "window"), [(1, [0, 4095]), (4, None), (13, [0, 10_000])])
 def test_images_of_other_channels_are_learned_from_as_the_doctor_says(
     tmp_path: Path,
