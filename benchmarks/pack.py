@@ -3,9 +3,9 @@
     python benchmarks/pack.py PHOTOS [--images 256] [--rounds 12] [--sides 448 320 256]
 
 Measured are the crops of 2x224 + 8x96 views, in this process and one thread. A worker of a GPU run only cuts
-crops; one of a CPU run also makes the views (last column). The variants
-run in turn, round after round, and the ratios are of one round, because other load changes both sides equally. The
-cache is filled, and the packed files are read, before the first round.
+crops; one of a CPU run also makes the views (last column). The variants run in turn, round after round, and the ratios
+are of one round, because other load changes both sides equally. The cache is filled, and the packed files are read,
+before the first round.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from dinocli.core import distributed
 from dinocli.features.encoder import Encoder
 from dinocli.features.store import Provenance
 from dinocli.features.writer import write_features
-from dinocli.method.preset import load_preset
+from dinocli.method.feature_distillation import Teacher
+from dinocli.method.preset import AnyMethod, Preset, load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.checkpoint import write_checkpoint
 
@@ -133,6 +134,18 @@ def little_to_collect(tests_so_far: Iterator[int]) -> None:
 def one_thread() -> None:
     # Small tensors gain nothing from a second thread, and a busy machine loses much by it.
     torch.set_num_threads(1)
+
+
+def build_method(preset: Preset, images: int) -> AnyMethod:
+    """The method of a preset, with a teacher or labels of its own for `images` images if it needs them."""
+    if preset.losses.features:
+        backbone, side = preset.backbone.build(drop_path=False), preset.views.global_1.size
+        grid = backbone.grid(side)
+        assert grid is not None
+        return preset.feature_method([Teacher(backbone, (0.5,) * 3, (0.3,) * 3, side, grid)])
+    if preset.losses.labels:  # labels stay on the host
+        return preset.label_method(torch.arange(images, device="cpu") % preset.losses.labels.classes)
+    return preset.method(preset.network() if preset.teacher.frozen else None)
 
 
 def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Path:

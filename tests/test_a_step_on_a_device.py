@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROTARY
+from conftest import ROTARY, build_method
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
@@ -30,7 +30,6 @@ from dinocli.engine.method import Method
 from dinocli.engine.scaling import LossScale
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.method.feature_distillation import Teacher
 from dinocli.method.preset import Preset, load_preset
 from dinocli.train.teacher_cache import TeacherCache
 
@@ -97,22 +96,9 @@ RECIPES = {
 def method_of(recipe: Recipe) -> Method:
     """Build the method on the meta device."""
     with META:
-        return _build(recipe)
-
-
-def _build(recipe: Recipe) -> Method:
-    preset = recipe.load()
-    if preset.losses.features:
-        side = SIZE // PATCH
-        method: Any = preset.feature_method(
-            [Teacher(preset.backbone.build(drop_path=False), (0.5,) * 3, (0.3,) * 3, SIZE, (side, side))]
-        )
-    elif preset.losses.labels:
-        method = preset.label_method(torch.arange(IMAGES, device="cpu") % preset.losses.labels.classes)
-    else:
-        method = preset.method(preset.network() if preset.teacher.frozen else None)
-    if recipe.recompute:
-        method.student.backbone.recompute_blocks()
+        method = build_method(recipe.load(), IMAGES)
+        if recipe.recompute:
+            method.student.backbone.recompute_blocks()
     return method
 
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import peak_of
+from conftest import build_method, peak_of
 from torch._dynamo.utils import counters
 
 from dinocli.core.device import autocast
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.method.feature_distillation import Teacher
 from dinocli.method.losses import dino
 from dinocli.method.preset import Preset, load_preset
 
@@ -116,17 +115,7 @@ LAUNCHES = {
 def trainer_of(preset: Preset) -> Trainer:
     """A trainer past the frozen epochs, with a teacher of its own if the preset needs one."""
     torch.manual_seed(0)
-    if preset.losses.features:
-        backbone = preset.network().backbone
-        side = preset.views.global_1.size
-        grid = backbone.grid(side)
-        assert grid is not None
-        method: Any = preset.feature_method([Teacher(backbone, (0.5,) * 3, (0.3,) * 3, side, grid)])
-    elif preset.losses.labels:
-        method = preset.label_method(torch.arange(8) % preset.losses.labels.classes)
-    else:
-        method = preset.method(preset.network() if preset.teacher.frozen else None)
-    return Trainer(method, preset.optimizer, Clock(10, 100, 500), batch_size=4, seed=0, guarded=True)
+    return Trainer(build_method(preset, 8), preset.optimizer, Clock(10, 100, 500), batch_size=4, seed=0, guarded=True)
 
 
 @pytest.mark.parametrize("name", list(LAUNCHES))

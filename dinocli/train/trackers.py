@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dinocli.core.atomic import write_json
 from dinocli.core.checksums import unseal
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, reason_of
 
 _PROJECT = "dinocli"
 _IDS = "trackers.json"  # in the run folder: the run's id in each tracker, so that a resumed run continues there
@@ -223,8 +223,7 @@ class Guarded:
                 f"pip install 'dinocli[{self._name}]'",
             ) from error
         except Exception as error:  # services fail in many ways
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            self._note(f"warning: --log {self._name} stops here, and training continues: {reason}")
+            self._note(f"warning: --log {self._name} stops here, and training continues: {reason_of(error)}")
             self._tracker = None
 
 

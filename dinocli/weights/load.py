@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 from safetensors import safe_open
 
-from dinocli.core.errors import DinoError, nearest
+from dinocli.core.errors import DinoError, nearest, reason_of
 from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
@@ -240,7 +240,7 @@ def load_timm(name: str) -> tuple[Backbone, Preprocessing]:
         if isinstance(error, DinoError) and not name.startswith(LOCAL):
             raise
         cause = error.__cause__ or error
-        why = (str(cause).splitlines() or [type(cause).__name__])[0].split(". ")[0]
+        why = reason_of(cause).split(". ")[0]
         if name.startswith(LOCAL):
             raise DinoError(
                 f"timm:{name} cannot be loaded: {why}", "name a folder written by `dino export --to timm`"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import build_method
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -22,7 +23,6 @@ from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig, LARSConfig, MuonConfig, OptimizerConfig, SGDConfig
 from dinocli.engine.schedules import Clock, Constant, Cosine
 from dinocli.engine.trainer import Trainer
-from dinocli.method.feature_distillation import Teacher
 from dinocli.method.preset import Preset, load_preset
 
 IMAGES, SIZE, PATCH = 4, 16, 8
@@ -376,13 +376,7 @@ def build(name: str) -> tuple[Preset, Method]:
     """Build a method in float64, because Adam scales rounding up wherever a gradient is nearly 0."""
     preset = load_preset(RECIPES[name][0], RECIPES[name][1])
     torch.manual_seed(0)
-    if preset.losses.features:
-        side = SIZE // PATCH
-        teacher = Teacher(preset.backbone.build(drop_path=False), (0.5,) * 3, (0.3,) * 3, SIZE, (side, side))
-        return preset, preset.feature_method([teacher]).double()
-    if preset.losses.labels:
-        return preset, preset.label_method(torch.arange(8) % 3).double()
-    return preset, preset.method().double()
+    return preset, build_method(preset, 8).double()
 
 
 def draw_batch(preset: Preset, number: int) -> Batch:
